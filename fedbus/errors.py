@@ -1,0 +1,118 @@
+"""Every error fedbus raises, in one tree that says who is at fault.
+
+    FedbusError
+    ├── UsageError            whoever called us: exit code 2
+    │   ├── ConfigError         a setting that cannot work
+    │   └── AppError            APP cannot be found, or is not a fedbus.App
+    ├── BrokerError           the broker, or the road to it
+    │   ├── BrokerUnreachable   refused, timed out, unknown host
+    │   ├── BrokerDenied        wrong password, wrong vhost, missing right
+    │   ├── BrokerClosed        the connection or channel ended under us
+    │   ├── QueueMissing        nothing of that name to consume
+    │   ├── QueueBusy           somebody else consumes it exclusively
+    │   ├── QueueMismatch       it exists with other settings
+    │   ├── Unroutable          a mandatory message that no queue takes
+    │   ├── PublishUnconfirmed  refused by the broker, or no word of it in time
+    │   └── NodeError           a private node that cannot start or stop
+    │       └── BrokerMissing     RabbitMQ is not installed
+    ├── PeerError             the other side of the wire
+    │   ├── DecodeError         bytes that are not one of our messages
+    │   └── UpdateRefused       an update that must not be folded
+    ├── ClientCodeError       the user's fit, evaluate or evaluate_fn
+    └── RunFailed             a run that ended without doing its work
+
+Each message is one line that says what to do. Foreign exceptions are mapped once, where the library is called.
+"""
+
+
+class FedbusError(Exception):
+    """Base of all errors that fedbus raises on purpose."""
+
+
+class UsageError(FedbusError):
+    """The caller asked for something that cannot be done as asked."""
+
+
+class ConfigError(UsageError):
+    """A setting that cannot work."""
+
+
+class AppError(UsageError):
+    """APP cannot be found, cannot be imported or is not a `fedbus.App`."""
+
+
+class BrokerError(FedbusError):
+    """The broker, or the road to it, is at fault."""
+
+
+class BrokerUnreachable(BrokerError):
+    """Nothing answers at the broker's address."""
+
+
+class BrokerDenied(BrokerError):
+    """The broker answers and says no: password, vhost or right."""
+
+
+class BrokerClosed(BrokerError):
+    """The connection or channel ended while it was in use."""
+
+
+class QueueMissing(BrokerError):
+    """There is no queue or exchange of that name."""
+
+
+class QueueBusy(BrokerError):
+    """Another consumer holds the queue exclusively."""
+
+
+class QueueMismatch(BrokerError):
+    """A queue or exchange of that name exists with other settings."""
+
+
+class Unroutable(BrokerError):
+    """A mandatory message came back because no queue takes it."""
+
+
+class PublishUnconfirmed(BrokerError):
+    """The broker refused the message, or said nothing of it in time (then its fate is unknown)."""
+
+
+class NodeError(BrokerError):
+    """A private RabbitMQ node could not be started or stopped."""
+
+
+class BrokerMissing(NodeError):
+    """RabbitMQ is not installed on this machine."""
+
+
+class PeerError(FedbusError):
+    """The other side of the wire sent what it must not send."""
+
+
+class DecodeError(PeerError):
+    """Bytes that are not a well-formed fedbus message."""
+
+
+class UpdateRefused(PeerError):
+    """An update that must not be folded; the message is the reason given to its sender."""
+
+
+class ClientCodeError(FedbusError):
+    """The user's own code raised, or returned what it must not return."""
+
+
+class RunFailed(FedbusError):
+    """The run ended without doing its work."""
+
+
+def leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What to report of several failures at once: the broker's end comes first, it explains the others."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        exc = pending.pop(0)
+        if isinstance(exc, BaseExceptionGroup):
+            pending += exc.exceptions
+        else:
+            leaves.append(exc)
+    return next((exc for exc in leaves if isinstance(exc, BrokerError)), leaves[0])
