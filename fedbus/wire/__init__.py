@@ -1,0 +1,1 @@
+"""Bytes to typed messages and back: bounds checked, no I/O."""

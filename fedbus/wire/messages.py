@@ -1,0 +1,205 @@
+"""Every message that crosses the broker, as frozen dataclasses.
+
+A field's annotation is also its check at decoding (see `codec`): `Count` is an int from 0 to 2**63 - 1, `Text` a
+short string, `Scalars` a flat map to bool, int, float, str or bytes, `Schema` a checked tuple of `TensorSpec`.
+`payload` is raw bytes behind the rest, up to one part, and never copied by the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fedbus.types import Scalar
+from fedbus.wire.arrays import Buffer, Schema
+
+Count: TypeAlias = int
+Text: TypeAlias = str
+Scalars: TypeAlias = Mapping[str, Scalar]
+
+
+# ---- client to server, small: the control queue -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """A client asks to take part. `session` is new with every process of that client."""
+
+    client_id: Text
+    session: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """A client is alive and believes to be a member of `run_id`."""
+
+    client_id: Text
+    session: Text
+    run_id: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """A client goes and gives its place back."""
+
+    client_id: Text
+    session: Text
+    run_id: Text
+    reason: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFailed:
+    """A task that ended without a result, because of the client's own code; `reason` is one line."""
+
+    client_id: Text
+    task_id: Text
+    run_id: Text
+    reason: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReport:
+    """The result of an `EvaluateTask`: mean loss over `num_examples` examples."""
+
+    client_id: Text
+    task_id: Text
+    run_id: Text
+    loss: float
+    num_examples: int
+    metrics: Scalars
+
+
+# ---- client to server, large: the updates queue -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """A client's delta against model `version`, or its initial parameters: head and first part of the transfer.
+
+    `transfer` is new with every upload: a client that died half-way and trained again must not have its parts mixed.
+    """
+
+    client_id: Text
+    task_id: Text
+    run_id: Text
+    transfer: Text
+    version: Count
+    num_examples: int
+    metrics: Scalars
+    schema: Schema
+    part_bytes: Count
+    crc32: Count
+    payload: Buffer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Part `index` (1, 2, ...) of the transfer whose head is an `Update` or a `Model`."""
+
+    transfer: Text
+    index: Count
+    crc32: Count
+    payload: Buffer
+
+
+# ---- server to clients: the model stream ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A version of the global model: head and first part of the transfer."""
+
+    run_id: Text
+    epoch: Count
+    version: Count
+    schema: Schema
+    part_bytes: Count
+    crc32: Count
+    payload: Buffer
+
+    @property
+    def transfer(self) -> str:
+        """The name that the further parts of this version carry."""
+        return f"{self.run_id}/{self.epoch}/{self.version}"
+
+
+# ---- server to one client: its inbox ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome:
+    """The client is a member of `run_id`, as long as it is heard of within every `lease_s` seconds."""
+
+    run_id: Text
+    epoch: Count
+    heartbeat_s: float
+    lease_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParametersTask:
+    """Send the model as your code initialises it: the server has none."""
+
+    task_id: Text
+    run_id: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTask:
+    """Train model `version`, whose head lies at `offset` in the model stream; of use for `timeout_s` seconds."""
+
+    task_id: Text
+    run_id: Text
+    round: Count
+    version: Count
+    offset: Count
+    timeout_s: float
+    config: Scalars
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTask:
+    """Evaluate model `version`, whose head lies at `offset` in the model stream."""
+
+    task_id: Text
+    run_id: Text
+    round: Count
+    version: Count
+    offset: Count
+    config: Scalars
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """The server's word that the update is folded and committed in `round`, `staleness` versions late."""
+
+    task_id: Text
+    run_id: Text
+    round: Count
+    staleness: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """The update was not and will not be folded, because of `reason`."""
+
+    task_id: Text
+    run_id: Text
+    reason: Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded:
+    """The run is over: finished, or ended early because of `reason`."""
+
+    run_id: Text
+    finished: bool
+    reason: Text
+
+
+ControlMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport
+Task: TypeAlias = ParametersTask | FitTask | EvaluateTask
+InboxMessage: TypeAlias = Welcome | Task | Receipt | Refusal | RunEnded
+Message: TypeAlias = ControlMessage | Update | Part | Model | InboxMessage
