@@ -1,0 +1,120 @@
+"""The `Bus` contract: what fedbus asks of a broker, and what it may rely on.
+
+- `publish` returns once the broker has taken responsibility for the message, and raises when it has not. A timeout
+  means unknown, not failed: the message may still arrive, so receivers recognise duplicates.
+- A delivery stays the consumer's until it is acknowledged or rejected. When its consumer or connection ends, it goes
+  back to its queue, in its old place, and comes again with `redelivered` set. Streams keep everything: there an
+  acknowledgement only makes room for more.
+- Deliveries come in the order of publishing, as long as nothing is redelivered.
+- Every failure is a `BrokerError`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self, TypeAlias
+
+from fedbus.bus.topology import Topology
+
+Body: TypeAlias = bytes | bytearray | memoryview
+Offset: TypeAlias = int | Literal["first", "last", "next"]
+
+CONFIRM_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """One message as it was delivered.
+
+    `tag` belongs to the consumer that received it; `offset` is the place in a stream, None elsewhere; `user_id` is
+    the sender's broker user, checked by the broker, where the sender gave it.
+    """
+
+    body: bytes
+    tag: int
+    routing_key: str
+    redelivered: bool
+    offset: int | None
+    user_id: str | None
+
+
+class Consumer(ABC):
+    """One subscription to one queue."""
+
+    @abstractmethod
+    async def receive(self) -> Delivery:
+        """The next delivery.
+
+        Raises `BrokerClosed` when the connection has ended, `QueueMissing` when the queue was deleted.
+        """
+
+    @abstractmethod
+    async def ack(self, delivery: Delivery) -> None:
+        """Settle: the broker may forget it."""
+
+    @abstractmethod
+    async def reject(self, delivery: Delivery, *, requeue: bool) -> None:
+        """Settle: back into the queue, or to its dead-letter exchange."""
+
+    async def __aiter__(self) -> AsyncIterator[Delivery]:
+        while True:
+            yield await self.receive()
+
+
+class Bus(ABC):
+    """One party's connection to a broker; an async context manager that closes it."""
+
+    @abstractmethod
+    async def declare(self, topology: Topology) -> None:
+        """Make what is not there yet. Raises `QueueMismatch` for what is there with other settings."""
+
+    @abstractmethod
+    async def delete_queue(self, name: str) -> None:
+        """Delete the queue with all it holds; nothing happens when it is not there."""
+
+    @abstractmethod
+    async def publish(
+        self,
+        exchange: str,
+        routing_key: str,
+        body: Body,
+        *,
+        mandatory: bool = True,
+        expires_s: float | None = None,
+        timeout_s: float = CONFIRM_TIMEOUT_S,
+    ) -> None:
+        """Hand a persistent message over and wait for the broker's confirm.
+
+        Raises `Unroutable` when it is mandatory and no queue takes it, `PublishUnconfirmed` when the broker refuses
+        it or says nothing within `timeout_s`, `QueueMissing` when there is no such exchange, `BrokerClosed`.
+        """
+
+    @abstractmethod
+    def consume(
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+    ) -> AbstractAsyncContextManager[Consumer]:
+        """Subscribe to `queue` for the time of the context; what is not settled by its end goes back.
+
+        `prefetch` bounds the unsettled deliveries (0: no bound; a stream needs one); `offset` is where to begin in a
+        stream. Raises `QueueMissing`, or `QueueBusy` when somebody consumes it exclusively.
+        """
+
+    @abstractmethod
+    async def closed(self) -> None:
+        """Wait for the end of the connection, then raise `BrokerClosed`; returns only after `close`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close the connection; unsettled deliveries go back to their queues."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,341 @@
+"""The `Bus` in memory: the verified twin of RabbitMQ, for tests and simulations in one process.
+
+It keeps to what the contract suite proves of the real one: prefetch, redelivery in the old order, mandatory returns,
+dead letters, expiry, exclusive consumers, streams with offsets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+from fedbus.bus.base import CONFIRM_TIMEOUT_S, Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.topology import Exchange, Queue, Topology
+from fedbus.errors import BrokerClosed, BrokerError, QueueBusy, QueueMismatch, QueueMissing, Unroutable
+
+
+@dataclass(slots=True)
+class _Stored:
+    body: bytes
+    routing_key: str
+    user_id: str
+    expires_at: float | None
+    place: int
+    deliveries: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _QueueState:
+    spec: Queue
+    ready: list[_Stored] = field(default_factory=list)  # a stream: everything that is kept
+    first_offset: int = 0
+    consumers: deque[_MemoryConsumer] = field(default_factory=deque)
+
+    @property
+    def is_stream(self) -> bool:
+        return self.spec.kind == "stream"
+
+
+@dataclass(slots=True)
+class _ExchangeState:
+    spec: Exchange
+    bindings: list[tuple[str, str]] = field(default_factory=list)  # (routing_key, queue)
+
+
+class MemoryBroker:
+    """The broker that `MemoryBus`es connect to; lives in one event loop."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._exchanges: dict[str, _ExchangeState] = {}
+        self._queues: dict[str, _QueueState] = {}
+        self._places = itertools.count()
+        self._buses: set[MemoryBus] = set()
+
+    def connect(self, user: str = "guest") -> MemoryBus:
+        """A new connection of `user`."""
+        bus = MemoryBus(self, user)
+        self._buses.add(bus)
+        return bus
+
+    def drop_connections(self) -> None:
+        """End every connection from the broker's side, as a restart does."""
+        for bus in list(self._buses):
+            bus._end(BrokerClosed("the connection to the broker ended"))
+
+    def depth(self, queue: str) -> int:
+        """Messages that wait in `queue`, those out with consumers not counted."""
+        return len(self._queue(queue).ready)
+
+    # ---- what buses ask for --------------------------------------------------------------------------------------
+
+    def _declare(self, topology: Topology) -> None:
+        for exchange in topology.exchanges:
+            known = self._exchanges.setdefault(exchange.name, _ExchangeState(exchange))
+            if known.spec != exchange:
+                raise QueueMismatch(f"exchange {exchange.name} exists with other settings")
+        for queue in topology.queues:
+            state = self._queues.setdefault(queue.name, _QueueState(queue))
+            if state.spec != queue:
+                raise QueueMismatch(f"queue {queue.name} exists with other settings")
+        for binding in topology.bindings:
+            self._queue(binding.queue)
+            bindings = self._exchange(binding.exchange).bindings
+            if (binding.routing_key, binding.queue) not in bindings:
+                bindings.append((binding.routing_key, binding.queue))
+
+    def _exchange(self, name: str) -> _ExchangeState:
+        if name not in self._exchanges:
+            raise QueueMissing(f"there is no exchange {name}")
+        return self._exchanges[name]
+
+    def _queue(self, name: str) -> _QueueState:
+        if name not in self._queues:
+            raise QueueMissing(f"there is no queue {name}")
+        return self._queues[name]
+
+    def _delete(self, name: str) -> None:
+        state = self._queues.pop(name, None)
+        for exchange in self._exchanges.values():
+            exchange.bindings = [binding for binding in exchange.bindings if binding[1] != name]
+        for consumer in list(state.consumers) if state else []:
+            consumer._stop(QueueMissing(f"consuming {name}: the queue was deleted"), give_back=False)
+
+    def _publish(self, exchange: str, routing_key: str, body: bytes, user: str, expires_at: float | None) -> int:
+        """Store the message in every queue that takes it; how many do."""
+        state = self._exchange(exchange)
+        fits_all = state.spec.kind == "fanout"
+        names = {name for key, name in state.bindings if fits_all or key == routing_key}
+        for name in names:
+            queue = self._queues[name]
+            queue.ready.append(_Stored(body, routing_key, user, expires_at, next(self._places)))
+            self._trim_stream(queue)
+            self._dispatch(queue)
+        return len(names)
+
+    def _trim_stream(self, queue: _QueueState) -> None:
+        if not queue.is_stream or queue.spec.max_bytes is None:
+            return
+        excess = sum(len(stored.body) for stored in queue.ready) - queue.spec.max_bytes
+        while excess > 0 and len(queue.ready) > 1:
+            excess -= len(queue.ready.pop(0).body)
+            queue.first_offset += 1
+
+    def _dispatch(self, queue: _QueueState) -> None:
+        if queue.is_stream:
+            for consumer in queue.consumers:
+                consumer._pull_stream()
+            return
+        while queue.ready and (free := self._next_free(queue)) is not None:
+            stored = queue.ready.pop(0)
+            if stored.expires_at is not None and stored.expires_at <= self._clock():
+                self._dead_letter(queue, stored)
+            else:
+                free._hand_over(stored)
+
+    def _next_free(self, queue: _QueueState) -> _MemoryConsumer | None:
+        """Round robin over the consumers that have room."""
+        for _ in range(len(queue.consumers)):
+            consumer = queue.consumers[0]
+            queue.consumers.rotate(-1)
+            if consumer._has_room:
+                return consumer
+        return None
+
+    def _give_back(self, queue: _QueueState, stored: list[_Stored]) -> None:
+        limit = queue.spec.delivery_limit
+        for message in stored:
+            if limit is not None and message.deliveries > limit:
+                self._dead_letter(queue, message)
+            else:
+                queue.ready.append(message)
+        queue.ready.sort(key=lambda message: message.place)
+        self._dispatch(queue)
+
+    def _dead_letter(self, queue: _QueueState, stored: _Stored) -> None:
+        if queue.spec.dead_letter_exchange in self._exchanges:
+            self._publish(queue.spec.dead_letter_exchange, stored.routing_key, stored.body, stored.user_id, None)
+
+
+class MemoryBus(Bus):
+    """One connection to a `MemoryBroker`."""
+
+    def __init__(self, broker: MemoryBroker, user: str) -> None:
+        self._broker = broker
+        self._user = user
+        self._consumers: set[_MemoryConsumer] = set()
+        self._ended: asyncio.Future[BrokerError | None] = asyncio.get_running_loop().create_future()
+
+    def __repr__(self) -> str:
+        return f"<MemoryBus {self._user}{' closed' if self._ended.done() else ''}>"
+
+    async def _turn(self) -> None:
+        """Every operation lets others run, as one over a socket does."""
+        self._check_open()
+        await asyncio.sleep(0)
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._ended.done():
+            raise BrokerClosed("the connection to the broker ended")
+
+    async def declare(self, topology: Topology) -> None:
+        await self._turn()
+        self._broker._declare(topology)
+
+    async def delete_queue(self, name: str) -> None:
+        await self._turn()
+        self._broker._delete(name)
+
+    async def publish(
+        self,
+        exchange: str,
+        routing_key: str,
+        body: Body,
+        *,
+        mandatory: bool = True,
+        expires_s: float | None = None,
+        timeout_s: float = CONFIRM_TIMEOUT_S,
+    ) -> None:
+        await self._turn()
+        expires_at = None if expires_s is None else self._broker._clock() + expires_s
+        taken = self._broker._publish(exchange, routing_key, bytes(body), self._user, expires_at)
+        if mandatory and not taken:
+            raise Unroutable(f"publishing to {exchange}: no queue takes it")
+
+    def consume(
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+    ) -> AbstractAsyncContextManager[Consumer]:
+        return self._consume(queue, prefetch, offset, exclusive)
+
+    @asynccontextmanager
+    async def _consume(
+        self, queue: str, prefetch: int, offset: Offset | None, exclusive: bool
+    ) -> AsyncIterator[Consumer]:
+        await self._turn()
+        state = self._broker._queue(queue)
+        if any(exclusive or consumer.exclusive for consumer in state.consumers):
+            raise QueueBusy(f"consuming {queue}: another consumer holds it exclusively")
+        consumer = _MemoryConsumer(self._broker, state, prefetch, offset, exclusive)
+        state.consumers.append(consumer)
+        self._consumers.add(consumer)
+        self._broker._dispatch(state)
+        try:
+            yield consumer
+        finally:
+            self._consumers.discard(consumer)
+            consumer._stop(BrokerClosed(f"consuming {queue}: the subscription has ended"), give_back=True)
+
+    def _end(self, reason: BrokerError | None) -> None:
+        if self._ended.done():
+            return
+        self._ended.set_result(reason)
+        self._broker._buses.discard(self)
+        for consumer in list(self._consumers):
+            consumer._stop(reason or BrokerClosed("the connection was closed"), give_back=True)
+
+    async def closed(self) -> None:
+        reason = await asyncio.shield(self._ended)
+        if reason is not None:
+            raise reason
+
+    async def close(self) -> None:
+        self._end(None)
+
+
+class _MemoryConsumer(Consumer):
+    def __init__(
+        self, broker: MemoryBroker, queue: _QueueState, prefetch: int, offset: Offset | None, exclusive: bool
+    ) -> None:
+        self.exclusive = exclusive
+        self._broker = broker
+        self._queue = queue
+        self._prefetch = prefetch
+        self._unsettled: dict[int, _Stored] = {}
+        self._tags = itertools.count(1)
+        self._arrived: asyncio.Queue[Delivery | BrokerError] = asyncio.Queue()
+        self._is_stopped = False
+        self._position = self._start(offset)
+
+    def _start(self, offset: Offset | None) -> int:
+        end = self._queue.first_offset + len(self._queue.ready)
+        if offset == "first":
+            return self._queue.first_offset
+        if offset == "last":
+            return max(self._queue.first_offset, end - 1)
+        if isinstance(offset, int):
+            return offset
+        return end
+
+    @property
+    def _has_room(self) -> bool:
+        return not self._is_stopped and (self._prefetch == 0 or len(self._unsettled) < self._prefetch)
+
+    def _pull_stream(self) -> None:
+        # An offset that retention has dropped is clamped silently, as RabbitMQ does.
+        self._position = max(self._position, self._queue.first_offset)
+        while self._has_room and self._position < self._queue.first_offset + len(self._queue.ready):
+            self._hand_over(self._queue.ready[self._position - self._queue.first_offset], self._position)
+            self._position += 1
+
+    def _hand_over(self, stored: _Stored, offset: int | None = None) -> None:
+        tag = next(self._tags)
+        self._unsettled[tag] = stored
+        self._arrived.put_nowait(
+            Delivery(
+                body=stored.body,
+                tag=tag,
+                routing_key=stored.routing_key,
+                redelivered=offset is None and stored.deliveries > 0,
+                offset=offset,
+                user_id=stored.user_id,
+            )
+        )
+        if offset is None:
+            stored.deliveries += 1
+
+    def _stop(self, reason: BrokerError, *, give_back: bool) -> None:
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        if self in self._queue.consumers:
+            self._queue.consumers.remove(self)
+        unsettled, self._unsettled = list(self._unsettled.values()), {}
+        while not self._arrived.empty():
+            self._arrived.get_nowait()
+        self._arrived.put_nowait(reason)
+        if give_back and not self._queue.is_stream:
+            self._broker._give_back(self._queue, unsettled)
+
+    async def receive(self) -> Delivery:
+        item = await self._arrived.get()
+        if isinstance(item, BrokerError):
+            self._arrived.put_nowait(item)
+            raise item
+        return item
+
+    async def ack(self, delivery: Delivery) -> None:
+        self._take(delivery)
+        self._broker._dispatch(self._queue)
+
+    async def reject(self, delivery: Delivery, *, requeue: bool) -> None:
+        stored = self._take(delivery)
+        if self._queue.is_stream:
+            self._broker._dispatch(self._queue)
+        elif requeue:
+            self._broker._give_back(self._queue, [stored])
+        else:
+            self._broker._dead_letter(self._queue, stored)
+            self._broker._dispatch(self._queue)
+
+    def _take(self, delivery: Delivery) -> _Stored:
+        if self._is_stopped:
+            raise BrokerClosed("settling a delivery: its subscription has ended")
+        if delivery.tag not in self._unsettled:
+            raise BrokerClosed(f"delivery {delivery.tag} was settled already")  # RabbitMQ closes the channel
+        return self._unsettled.pop(delivery.tag)

@@ -1,0 +1,114 @@
+"""Every exchange, queue and binding of a federation, as data.
+
+    server ──> fedbus.model   (fanout) ──> fedbus.model          stream: each model version once
+    server ──> fedbus.tasks   (direct) ──> fedbus.inbox.CLIENT   tasks, receipts
+    client ──> fedbus.control (fanout) ──> fedbus.control        joins, heartbeats, evaluation results
+    client ──> fedbus.updates (fanout) ──> fedbus.updates        updates, in parts; quorum
+                                           fedbus.dead           what could not be processed
+
+A federation is a vhost: the names need no prefix of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+MODEL = "fedbus.model"
+TASKS = "fedbus.tasks"
+CONTROL = "fedbus.control"
+UPDATES = "fedbus.updates"
+DEAD = "fedbus.dead"
+
+QueueKind: TypeAlias = Literal["classic", "quorum", "stream"]
+
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    name: str
+    kind: Literal["direct", "fanout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queue:
+    """A durable queue.
+
+    `expires_s`: deleted after so long without a consumer. `max_bytes`: a stream's retention; a stream drops whole
+    segments of `segment_bytes` from its old end.
+    """
+
+    name: str
+    kind: QueueKind = "classic"
+    dead_letter_exchange: str | None = None
+    delivery_limit: int | None = None
+    expires_s: float | None = None
+    max_bytes: int | None = None
+    segment_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    exchange: str
+    queue: str
+    routing_key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Declared in this order: exchanges, queues, bindings."""
+
+    exchanges: tuple[Exchange, ...] = ()
+    queues: tuple[Queue, ...] = ()
+    bindings: tuple[Binding, ...] = ()
+
+
+def inbox(client_id: str) -> str:
+    """The queue that only this client reads."""
+    return f"fedbus.inbox.{client_id}"
+
+
+def ingress() -> Topology:
+    """What must be there before a client can say anything, whoever comes first."""
+    return Topology(
+        exchanges=(
+            Exchange(name=TASKS, kind="direct"),
+            Exchange(name=CONTROL, kind="fanout"),
+            Exchange(name=UPDATES, kind="fanout"),
+            Exchange(name=DEAD, kind="fanout"),
+        ),
+        queues=(
+            Queue(name=CONTROL),
+            # From RabbitMQ 4.0 the default limit of 20 would drop an update after 20 crashes of the server; -1
+            # drops the first redelivery on 3.x.
+            Queue(name=UPDATES, kind="quorum", dead_letter_exchange=DEAD, delivery_limit=1_000_000),
+            Queue(name=DEAD),
+        ),
+        bindings=(
+            Binding(exchange=CONTROL, queue=CONTROL),
+            Binding(exchange=UPDATES, queue=UPDATES),
+            Binding(exchange=DEAD, queue=DEAD),
+        ),
+    )
+
+
+def client_inbox(client_id: str) -> Topology:
+    """The inbox of one client; it outlives the client's process, and a client that never comes back by a week."""
+    return Topology(
+        queues=(Queue(name=inbox(client_id), expires_s=7 * _DAY_S),),
+        bindings=(Binding(exchange=TASKS, queue=inbox(client_id), routing_key=client_id),),
+    )
+
+
+def model_stream(model_bytes: int) -> Topology:
+    """The stream of model versions, kept for at least four versions of `model_bytes`.
+
+    The bound is a power of two, so that models of about the same size find the stream of the run before usable.
+    """
+    max_bytes = 1 << max(28, (4 * model_bytes - 1).bit_length())
+    return Topology(
+        exchanges=(Exchange(name=MODEL, kind="fanout"),),
+        queues=(Queue(name=MODEL, kind="stream", max_bytes=max_bytes, segment_bytes=max_bytes // 4),),
+        bindings=(Binding(exchange=MODEL, queue=MODEL),),
+    )
