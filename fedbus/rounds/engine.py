@@ -1,0 +1,619 @@
+"""The round engine: every decision of a run, as (event, now) -> commands.
+
+Nothing in here waits, reads a clock or touches a byte of a model. The runtime calls `handle` for what has happened
+and `advance` when `next_deadline` has come, and carries out the commands in their order.
+
+    WAITING ──enough clients, model ready──> OPEN ──closed──> CLOSING ──committed──> OPEN ... DRAINING ──> ENDED
+
+WAITING   for clients, or for the initial model
+OPEN      a round takes updates
+CLOSING   its commit is under way; updates that come meanwhile wait for the next round
+DRAINING  all rounds are committed; federated evaluations are still out
+ENDED     every further update is refused
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from fedbus.config import RoundConfig
+from fedbus.rounds import commands as c
+from fedbus.rounds import events as e
+from fedbus.rounds.cohort import sample
+from fedbus.rounds.commands import CloseReason, Command, Outcome
+from fedbus.rounds.membership import Member, Membership
+from fedbus.rounds.staleness import polynomial
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    OPEN = "open"
+    CLOSING = "closing"
+    DRAINING = "draining"
+    ENDED = "ended"
+
+
+class TaskState(Enum):
+    WORKING = "working"
+    LOST = "lost"  # its client went away; an update may still come
+    HELD = "held"  # its update came while no round was open
+    FOLDED = "folded"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class _Task:
+    client_id: str
+    round: int
+    version: int
+    state: TaskState = TaskState.WORKING
+
+
+@dataclass(slots=True)
+class _Round:
+    number: int
+    version: int
+    opened_at: float
+    closes_at: float
+    cohort: dict[str, str] = field(default_factory=dict)  # client_id -> task_id
+    folded: list[c.Folded] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # client_id -> reason
+    is_in_grace: bool = False
+
+
+@dataclass(slots=True)
+class _Evaluation:
+    round: int
+    version: int
+    closes_at: float
+    outstanding: dict[str, str]  # task_id -> client_id
+    reported: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+class Engine:
+    """One run's rounds.
+
+    Args:
+        config: how rounds open and close.
+        seed: of the cohorts.
+        run_id: goes into every task_id.
+        has_model: False when the initial model must come from a client.
+    """
+
+    def __init__(self, config: RoundConfig, *, seed: int, run_id: str, has_model: bool = True) -> None:
+        self._config = config
+        self._seed = seed
+        self._run_id = run_id
+        self._members = Membership(config.lease_s)
+        self._phase = Phase.WAITING
+        self._has_model = has_model
+        self._model_ready = False
+        self._parameters_task: tuple[str, str] | None = None  # (task_id, client_id)
+        self._parameters_asked: set[str] = set()
+        self._adopting: e.UpdateReceived | None = None
+        self._version = 0
+        self._number = 0
+        self._round: _Round | None = None
+        self._tasks: dict[str, _Task] = {}
+        self._held: list[e.UpdateReceived] = []
+        self._evaluations: dict[int, _Evaluation] = {}
+        self._follow_up: list[Command] = []  # goes out once the next round's tasks have
+        self._committed_rounds = 0
+        self._stop: str | None = None
+        self._now = -math.inf
+        self._out: list[Command] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"<Engine {self._phase.value} round={self._number} version={self._version} "
+            f"members={len(self._members)} held={len(self._held)} evaluations={len(self._evaluations)}>"
+        )
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The living clients, sorted."""
+        return tuple(sorted(member.client_id for member in self._members))
+
+    def awaits(self, task_id: str, client_id: str) -> bool:
+        """Whether an update for this task could still be taken: nothing else is worth any memory."""
+        if task_id == self._task_id("parameters", 0, client_id):
+            return not self._has_model
+        task = self._tasks.get(task_id)
+        return task is not None and task.client_id == client_id and task.state in (TaskState.WORKING, TaskState.LOST)
+
+    # ---- input ---------------------------------------------------------------------------------------------------
+
+    def handle(self, event: e.Event, now: float) -> list[Command]:
+        """Take in what has happened; what is to be done about it, in order."""
+        self._now = max(self._now, now)
+        match event:
+            case e.ClientJoined() | e.ClientHeard():
+                self._heard(event)
+            case e.ClientLeft():
+                self._left(event)
+            case e.ModelReady():
+                self._model_ready = self._has_model = True
+                if self._adopting is not None:
+                    self._settle(self._adopting, Outcome.COMMITTED)
+                    self._adopting = None
+            case e.UpdateReceived():
+                self._received(event)
+            case e.UpdateInvalid():
+                self._invalid(event)
+            case e.TaskFailed():
+                self._failed(event)
+            case e.EvaluateReported():
+                self._evaluated(event.task_id, event.client_id, reported=True)
+            case e.RoundCommitted():
+                self._committed(event)
+            case e.StopRequested():
+                self._stop = self._stop or event.reason
+        return self._settle_down()
+
+    def advance(self, now: float) -> list[Command]:
+        """Let time pass: expire leases, close what is due."""
+        self._now = max(self._now, now)
+        for member in self._members.expired(self._now):
+            self._lose(member, f"silent for {self._now - member.heard_at:.1f} s", left=False)
+        return self._settle_down()
+
+    def next_deadline(self) -> float | None:
+        """When `advance` has something to do; None while only an event can change anything."""
+        if self._phase is Phase.ENDED:
+            return None
+        times = [self._members.next_expiry()]
+        if self._round is not None and self._phase is Phase.OPEN:
+            times.append(self._round.closes_at)
+        times += [evaluation.closes_at for evaluation in self._evaluations.values()]
+        return min((time for time in times if time is not None), default=None)
+
+    def _settle_down(self) -> list[Command]:
+        """Draw every consequence of the state as it is now, and hand out the commands."""
+        self._request_parameters()
+        if self._phase is Phase.WAITING:
+            self._open_if_possible()
+        self._out += self._follow_up
+        self._follow_up = []
+        if self._phase is Phase.OPEN:
+            self._close_if_due()
+        self._close_evaluations()
+        self._end_if_due()
+        out, self._out = self._out, []
+        return out
+
+    # ---- clients come and go -------------------------------------------------------------------------------------
+
+    def _heard(self, event: e.ClientJoined | e.ClientHeard) -> None:
+        if self._phase is Phase.ENDED:
+            return
+        is_new = self._members.renew(event.client_id, event.session, self._now)
+        if is_new or isinstance(event, e.ClientJoined):
+            self._out.append(c.WelcomeClient(client_id=event.client_id))
+        if not is_new:
+            return
+        needed = 0 if self._number else max(0, self._config.start_clients - len(self._members))
+        self._out.append(
+            c.MemberJoined(client_id=event.client_id, members=len(self._members), needed=needed, round=self._number)
+        )
+        if self._phase is Phase.OPEN:
+            self._grow_cohort()
+
+    def _left(self, event: e.ClientLeft) -> None:
+        member = self._members.get(event.client_id)
+        if member is not None and member.session == event.session:  # a word of its former life changes nothing
+            self._lose(member, event.reason, left=True)
+
+    def _lose(self, member: Member, reason: str, *, left: bool) -> None:
+        self._members.remove(member.client_id)
+        self._out.append(
+            c.MemberLost(
+                client_id=member.client_id,
+                reason=reason,
+                left=left,
+                members=len(self._members),
+                round=self._number,
+            )
+        )
+        if self._parameters_task is not None and self._parameters_task[1] == member.client_id:
+            self._parameters_task = None
+        for evaluation in self._evaluations.values():
+            for task_id, client_id in list(evaluation.outstanding.items()):
+                if client_id == member.client_id:
+                    del evaluation.outstanding[task_id]
+                    evaluation.missing.append(client_id)
+        task = self._tasks.get(member.fit_task or "")
+        if task is None:
+            return
+        task.state = TaskState.LOST
+        if self._round is not None and self._phase is Phase.OPEN and member.client_id in self._round.cohort:
+            self._round.lost.append(member.client_id)
+            self._grow_cohort()
+
+    # ---- the initial model ---------------------------------------------------------------------------------------
+
+    def _request_parameters(self) -> None:
+        if self._has_model or self._parameters_task is not None or self._stop is not None:
+            return
+        untried = {member.client_id for member in self._members} - self._parameters_asked
+        for client_id in sample(self._seed, 0, "parameters", untried, 1):
+            task_id = self._task_id("parameters", 0, client_id)
+            self._parameters_task = (task_id, client_id)
+            self._parameters_asked.add(client_id)
+            self._out.append(c.RequestParameters(client_id=client_id, task_id=task_id))
+
+    def _adopt(self, event: e.UpdateReceived) -> None:
+        if self._has_model:
+            self._settle(event, Outcome.REFUSED, "the run has its initial model already")
+            return
+        self._has_model = True
+        self._parameters_task = None
+        self._out.append(c.AdoptParameters(client_id=event.client_id, task_id=event.task_id, delivery=event.delivery))
+        self._adopting = event
+
+    # ---- a round opens -------------------------------------------------------------------------------------------
+
+    def _open_if_possible(self) -> None:
+        needed = 1 if self._number else self._config.start_clients
+        if not self._model_ready or self._stop is not None or len(self._members) < needed:
+            return
+        self._number += 1
+        self._phase = Phase.OPEN
+        self._round = _Round(
+            number=self._number,
+            version=self._version,
+            opened_at=self._now,
+            closes_at=self._now + self._config.timeout_s,
+        )
+        self._forget_old_tasks()
+        tasks = self._new_tasks(self._round)
+        self._out.append(
+            c.RoundOpened(
+                round=self._number,
+                version=self._version,
+                cohort=tuple(self._round.cohort),
+                min_fit_clients=self._config.min_fit_clients,
+                timeout_s=self._config.timeout_s,
+            )
+        )
+        self._out += tasks
+        held, self._held = self._held, []
+        for event in held:
+            self._tasks[event.task_id].state = TaskState.WORKING
+            self._received(event)
+
+    def _grow_cohort(self) -> None:
+        """Fill the places that a late joiner brings, a lost client leaves or a straggler can take again."""
+        assert self._round is not None
+        tasks = self._new_tasks(self._round)
+        if tasks:
+            clients = tuple(task.client_id for task in tasks)
+            self._out.append(c.CohortGrew(round=self._round.number, clients=clients))
+            self._out += tasks
+
+    def _new_tasks(self, round_: _Round) -> list[c.SendFitTask]:
+        places = self._cohort_size() - (len(round_.cohort) - len(round_.lost) - len(round_.failed))
+        chosen = sample(self._seed, round_.number, "fit", self._eligible(round_), places)
+        return [self._new_task(round_, client_id) for client_id in chosen]
+
+    def _cohort_size(self) -> int:
+        share = math.ceil(self._config.fraction_fit * len(self._members) - 1e-9)
+        return max(self._config.min_fit_clients, share)
+
+    def _eligible(self, round_: _Round) -> list[str]:
+        """Members that are idle and have not been asked in this round: nobody gets a backlog of tasks."""
+        return [m.client_id for m in self._members if m.fit_task is None and m.client_id not in round_.cohort]
+
+    def _new_task(self, round_: _Round, client_id: str) -> c.SendFitTask:
+        task_id = self._task_id("fit", round_.number, client_id)
+        self._tasks[task_id] = _Task(client_id, round_.number, round_.version)
+        round_.cohort[client_id] = task_id
+        member = self._members.get(client_id)
+        assert member is not None
+        member.fit_task = task_id
+        return c.SendFitTask(
+            client_id=client_id,
+            task_id=task_id,
+            round=round_.number,
+            version=round_.version,
+            timeout_s=max(0.0, round_.closes_at - self._now),
+        )
+
+    def _task_id(self, kind: str, round_: int, client_id: str) -> str:
+        return f"{self._run_id}/{kind}/{round_}/{client_id}"
+
+    def _forget_old_tasks(self) -> None:
+        """Drop what would be refused as too stale anyway: the table stays as long as the window."""
+        oldest = self._version - self._config.max_staleness
+        working = {member.fit_task for member in self._members}
+        self._tasks = {
+            task_id: task
+            for task_id, task in self._tasks.items()
+            if task.version >= oldest or task_id in working or task.state is TaskState.HELD
+        }
+
+    # ---- updates -------------------------------------------------------------------------------------------------
+
+    def _received(self, event: e.UpdateReceived) -> None:
+        if event.task_id == self._task_id("parameters", 0, event.client_id):
+            self._adopt(event)
+            return
+        task = self._own_task(event)
+        if task is None or self._already_settled(event, task):
+            return
+        if self._phase is Phase.OPEN:
+            self._fold_or_refuse(event, task)
+        elif self._phase in (Phase.DRAINING, Phase.ENDED):
+            task.state = TaskState.FAILED
+            self._idle(event)
+            self._settle(event, Outcome.REFUSED, "the run has no further round")
+        else:
+            task.state = TaskState.HELD
+            self._idle(event)
+            self._held.append(event)
+
+    def _own_task(self, event: e.UpdateReceived | e.UpdateInvalid) -> _Task | None:
+        """The task that this update answers; a stranger's update is refused and costs its true owner nothing."""
+        task = self._tasks.get(event.task_id)
+        if task is None:
+            self._settle(event, Outcome.REFUSED, "its task is not one of this run, or too old")
+        elif task.client_id != event.client_id:
+            self._settle(event, Outcome.REFUSED, f"its task was given to {task.client_id}")
+            return None
+        return task
+
+    def _already_settled(self, event: e.UpdateReceived | e.UpdateInvalid, task: _Task) -> bool:
+        if task.state in (TaskState.FOLDED, TaskState.HELD):
+            self._settle(event, Outcome.DUPLICATE)
+        elif task.state is TaskState.FAILED:
+            self._settle(event, Outcome.REFUSED, "its task has ended already")
+        else:
+            return False
+        return True
+
+    def _fold_or_refuse(self, event: e.UpdateReceived, task: _Task) -> None:
+        assert self._round is not None
+        self._idle(event)
+        staleness = self._version - task.version
+        if staleness > self._config.max_staleness:
+            task.state = TaskState.FAILED
+            self._settle(
+                event,
+                Outcome.REFUSED,
+                f"{staleness} versions late, max_staleness is {self._config.max_staleness}",
+            )
+        else:
+            task.state = TaskState.FOLDED
+            if self._round.cohort.get(event.client_id) == event.task_id and event.client_id in self._round.lost:
+                self._round.lost.remove(event.client_id)  # it went, but its update had been on its way
+            self._round.folded.append(
+                c.Folded(
+                    client_id=event.client_id,
+                    task_id=event.task_id,
+                    delivery=event.delivery,
+                    staleness=staleness,
+                )
+            )
+            self._out.append(
+                c.Fold(
+                    client_id=event.client_id,
+                    task_id=event.task_id,
+                    delivery=event.delivery,
+                    round=self._round.number,
+                    staleness=staleness,
+                    discount=polynomial(staleness, self._config.staleness_exponent),
+                )
+            )
+        if not self._is_enough(self._round):
+            self._grow_cohort()
+
+    def _invalid(self, event: e.UpdateInvalid) -> None:
+        if event.task_id == self._task_id("parameters", 0, event.client_id):
+            self._settle(event, Outcome.REFUSED, event.reason)
+            self._parameters_failed(event.task_id, event.reason)
+            return
+        task = self._own_task(event)
+        if task is None or self._already_settled(event, task):
+            return
+        self._settle(event, Outcome.REFUSED, event.reason)
+        self._fail(event.task_id, task, event.reason)
+
+    def _settle(self, event: e.UpdateReceived | e.UpdateInvalid, outcome: Outcome, reason: str = "") -> None:
+        self._out.append(
+            c.Settle(
+                client_id=event.client_id,
+                task_id=event.task_id,
+                delivery=event.delivery,
+                outcome=outcome,
+                reason=reason,
+            )
+        )
+
+    def _idle(self, event: e.UpdateReceived) -> None:
+        member = self._members.get(event.client_id)
+        if member is not None and member.fit_task == event.task_id:
+            member.fit_task = None
+
+    # ---- tasks that fail -----------------------------------------------------------------------------------------
+
+    def _failed(self, event: e.TaskFailed) -> None:
+        if self._parameters_task is not None and self._parameters_task[0] == event.task_id:
+            self._parameters_failed(event.task_id, event.reason)
+            return
+        if self._evaluated(event.task_id, event.client_id, reported=False):
+            self._out.append(c.EvaluateFailed(client_id=event.client_id, round=self._number, reason=event.reason))
+            return
+        task = self._tasks.get(event.task_id)
+        if task is not None and task.client_id == event.client_id and task.state is TaskState.WORKING:
+            self._out.append(c.FitFailed(client_id=event.client_id, round=task.round, reason=event.reason))
+            self._fail(event.task_id, task, event.reason)
+
+    def _parameters_failed(self, task_id: str, reason: str) -> None:
+        if self._parameters_task is None or self._parameters_task[0] != task_id:
+            return
+        self._parameters_task = None
+        if all(member.client_id in self._parameters_asked for member in self._members):
+            self._stop = f"no client could give the initial model: {reason}"
+
+    def _fail(self, task_id: str, task: _Task, reason: str) -> None:
+        was_lost = task.state is TaskState.LOST
+        task.state = TaskState.FAILED
+        member = self._members.get(task.client_id)
+        if member is not None and member.fit_task == task_id:
+            member.fit_task = None
+        if self._round is None or self._phase is not Phase.OPEN:
+            return
+        if self._round.cohort.get(task.client_id) == task_id:
+            if was_lost:
+                self._round.lost.remove(task.client_id)
+            self._round.failed[task.client_id] = reason
+        self._grow_cohort()
+
+    # ---- a round closes ------------------------------------------------------------------------------------------
+
+    def _is_enough(self, round_: _Round) -> bool:
+        return len(round_.folded) >= self._config.min_fit_clients
+
+    def _working(self, round_: _Round) -> list[str]:
+        return [client for client, task in round_.cohort.items() if self._tasks[task].state is TaskState.WORKING]
+
+    def _close_if_due(self) -> None:
+        round_ = self._round
+        assert round_ is not None
+        if self._stop is not None:
+            self._abandon(round_)
+            return
+        working = self._working(round_)
+        if self._is_enough(round_):
+            if not working or self._config.grace_s == 0:
+                self._close(round_, CloseReason.MIN_FIT_CLIENTS, working)
+                return
+            if not round_.is_in_grace:  # a fold within the grace must not prolong it
+                round_.is_in_grace = True
+                round_.closes_at = min(round_.closes_at, self._now + self._config.grace_s)
+        elif not working and (round_.folded or (round_.failed and not self._stragglers())):
+            self._close(round_, CloseReason.COHORT_DONE, working)
+            return
+        if self._now >= round_.closes_at:
+            reason = CloseReason.MIN_FIT_CLIENTS if self._is_enough(round_) else CloseReason.TIMEOUT
+            self._close(round_, reason, working)
+
+    def _stragglers(self) -> bool:
+        return any(member.fit_task is not None for member in self._members)
+
+    def _close(self, round_: _Round, reason: CloseReason, working: list[str]) -> None:
+        self._phase = Phase.CLOSING
+        self._out.append(
+            c.Commit(
+                round=round_.number,
+                version=round_.version,
+                reason=reason,
+                cohort=tuple(round_.cohort),
+                folded=tuple(round_.folded),
+                unfinished=tuple(working),
+                lost=tuple(round_.lost),
+                failed=dict(round_.failed),
+                opened_at=round_.opened_at,
+            )
+        )
+
+    def _abandon(self, round_: _Round) -> None:
+        """Stop in the middle of a round: its updates go back to the broker, uncommitted."""
+        for folded in round_.folded:
+            self._settle_folded(folded, Outcome.RELEASED, 0)
+        self._round = None
+        self._phase = Phase.DRAINING
+
+    def _settle_folded(self, folded: c.Folded, outcome: Outcome, round_: int) -> None:
+        self._out.append(
+            c.Settle(
+                client_id=folded.client_id,
+                task_id=folded.task_id,
+                delivery=folded.delivery,
+                outcome=outcome,
+                round=round_,
+                staleness=folded.staleness,
+            )
+        )
+
+    def _committed(self, event: e.RoundCommitted) -> None:
+        round_ = self._round
+        assert round_ is not None, "a commit that was not asked for"
+        assert (self._phase, round_.number) == (Phase.CLOSING, event.round), "a commit that was not asked for"
+        self._version = event.version
+        self._committed_rounds += 1
+        self._round = None
+        for folded in round_.folded:
+            self._settle_folded(folded, Outcome.COMMITTED, round_.number)
+        is_last = round_.number >= self._config.num_rounds
+        self._phase = Phase.DRAINING if is_last or self._stop is not None else Phase.WAITING
+        if self._phase is Phase.DRAINING:
+            for held in self._held:
+                self._tasks[held.task_id].state = TaskState.FAILED
+                self._settle(held, Outcome.REFUSED, "the run has no further round")
+            self._held = []
+        if round_.folded and self._stop is None:
+            self._open_evaluation(round_.number)
+
+    # ---- federated evaluation ------------------------------------------------------------------------------------
+
+    def _open_evaluation(self, round_: int) -> None:
+        """Clients that still train for an earlier round are not asked: they would hold the result up."""
+        idle = [member.client_id for member in self._members if member.fit_task is None]
+        size = math.ceil(self._config.fraction_evaluate * len(self._members) - 1e-9)
+        chosen = sample(self._seed, round_, "evaluate", idle, size)
+        if not chosen:
+            return
+        timeout_s = self._config.evaluate_timeout_s or self._config.timeout_s
+        outstanding = {self._task_id("evaluate", round_, client_id): client_id for client_id in chosen}
+        self._evaluations[round_] = _Evaluation(round_, self._version, self._now + timeout_s, outstanding)
+        self._follow_up += [
+            c.SendEvaluateTask(
+                client_id=client_id, task_id=task_id, round=round_, version=self._version, timeout_s=timeout_s
+            )
+            for task_id, client_id in outstanding.items()
+        ]
+
+    def _evaluated(self, task_id: str, client_id: str, *, reported: bool) -> bool:
+        for evaluation in self._evaluations.values():
+            if evaluation.outstanding.get(task_id) == client_id:
+                del evaluation.outstanding[task_id]
+                (evaluation.reported if reported else evaluation.missing).append(client_id)
+                return True
+        return False
+
+    def _close_evaluations(self) -> None:
+        for round_, evaluation in list(self._evaluations.items()):
+            if evaluation.outstanding and self._now < evaluation.closes_at and self._stop is None:
+                continue
+            del self._evaluations[round_]
+            self._out.append(
+                c.CloseEvaluation(
+                    round=round_,
+                    version=evaluation.version,
+                    reported=tuple(evaluation.reported),
+                    missing=(*evaluation.missing, *evaluation.outstanding.values()),
+                )
+            )
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _end_if_due(self) -> None:
+        if self._phase is Phase.WAITING and self._stop is not None:
+            self._phase = Phase.DRAINING
+            for held in self._held:
+                self._settle(held, Outcome.RELEASED)
+            self._held = []
+        if self._phase is not Phase.DRAINING or self._evaluations:
+            return
+        self._phase = Phase.ENDED
+        finished = self._committed_rounds >= self._config.num_rounds
+        reason = "all rounds are done" if finished else self._stop
+        self._out.append(c.EndRun(finished=finished, reason=reason or ""))

@@ -1,0 +1,97 @@
+"""What has happened: the engine's input, past tense.
+
+`delivery` is the runtime's own token for the bytes behind an update; the engine hands it back in commands and
+settles each one exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientJoined:
+    client_id: str
+    session: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientHeard:
+    """A heartbeat of a client that believes to be a member."""
+
+    client_id: str
+    session: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientLeft:
+    client_id: str
+    session: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReady:
+    """The initial model, version 0, can be fetched by clients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReceived:
+    """A whole update is here and verified."""
+
+    client_id: str
+    task_id: str
+    delivery: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateInvalid:
+    """A whole update is here and must not be folded."""
+
+    client_id: str
+    task_id: str
+    delivery: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFailed:
+    """A client ended a task without a result, or the broker could not deliver the task."""
+
+    client_id: str
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReported:
+    client_id: str
+    task_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundCommitted:
+    """The round is durable, and the model that it led to (`version`) can be fetched."""
+
+    round: int
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRequested:
+    reason: str
+
+
+Event: TypeAlias = (
+    ClientJoined
+    | ClientHeard
+    | ClientLeft
+    | ModelReady
+    | UpdateReceived
+    | UpdateInvalid
+    | TaskFailed
+    | EvaluateReported
+    | RoundCommitted
+    | StopRequested
+)

@@ -1,0 +1,66 @@
+"""Who is in: leases, renewed by every sign of life."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Member:
+    """A client that was heard of within its lease."""
+
+    client_id: str
+    session: str
+    heard_at: float
+    fit_task: str | None = None
+    """The fit task that it works on."""
+
+
+class Membership:
+    """The living clients, the longest silent one first."""
+
+    def __init__(self, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._members: OrderedDict[str, Member] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __contains__(self, client_id: str) -> bool:
+        return client_id in self._members
+
+    def get(self, client_id: str) -> Member | None:
+        return self._members.get(client_id)
+
+    def renew(self, client_id: str, session: str, now: float) -> bool:
+        """Note a sign of life; True when the client was not a member before."""
+        member = self._members.get(client_id)
+        if member is None:
+            self._members[client_id] = Member(client_id, session, now)
+            return True
+        member.session = session
+        member.heard_at = now
+        self._members.move_to_end(client_id)
+        return False
+
+    def remove(self, client_id: str) -> Member | None:
+        return self._members.pop(client_id, None)
+
+    def next_expiry(self) -> float | None:
+        """When the longest silent member's lease ends."""
+        first = next(iter(self._members.values()), None)
+        return None if first is None else first.heard_at + self._lease_s
+
+    def expired(self, now: float) -> list[Member]:
+        """The members whose lease has ended; they stay until they are removed."""
+        lost = []
+        for member in self._members.values():
+            if member.heard_at + self._lease_s > now:
+                break
+            lost.append(member)
+        return lost
