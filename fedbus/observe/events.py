@@ -1,0 +1,192 @@
+"""Everything that a server or client tells, as frozen dataclasses; the engine's notices are among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from fedbus.rounds.commands import (
+    CohortGrew,
+    EvaluateFailed,
+    FitFailed,
+    MemberJoined,
+    MemberLost,
+    RoundOpened,
+)
+
+__all__ = [
+    "CohortGrew",
+    "ConnectedToBroker",
+    "EvaluateFailed",
+    "Evaluated",
+    "EvaluationFailed",
+    "FitFailed",
+    "MemberJoined",
+    "MemberLost",
+    "MessageRejected",
+    "ModelPublished",
+    "Observe",
+    "ReceiptArrived",
+    "RefusalArrived",
+    "RoundClosed",
+    "RoundOpened",
+    "RunFinished",
+    "RunStarted",
+    "ServerAwaited",
+    "TaskCompleted",
+    "TaskErred",
+    "TaskStarted",
+    "UpdateFolded",
+    "UpdateRefused",
+    "Welcomed",
+]
+
+Observe: TypeAlias = Callable[[object], None]
+"""Called with each event, in order, on the event loop: it must not block."""
+
+
+# ---- either side -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectedToBroker:
+    broker: str
+    role: Literal["server", "client"]
+
+
+# ---- server ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted:
+    run_id: str
+    num_rounds: int
+    min_fit_clients: int
+    start_clients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPublished:
+    version: int
+    payload_bytes: int
+    parts: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateFolded:
+    client_id: str
+    round: int
+    staleness: int
+    num_examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRefused:
+    client_id: str
+    task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundClosed:
+    """`reason`: min_fit_clients, cohort_done or timeout. `seconds`: from the first task to the published model."""
+
+    round: int
+    version: int
+    reason: str
+    folded: int
+    cohort: int
+    unfinished: tuple[str, ...]
+    fit_metrics: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """The model that `round` led to; `clients` is 0 for the central evaluation."""
+
+    round: int
+    where: Literal["central", "federated"]
+    loss: float
+    metrics: Mapping[str, object]
+    clients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFailed:
+    """The app's own evaluate_fn raised or returned what it must not; the run goes on."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageRejected:
+    """Bytes on a queue that are none of our messages; they are in the dead-letter queue."""
+
+    queue: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished:
+    finished: bool
+    reason: str
+    rounds: int
+    seconds: float
+
+
+# ---- client ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAwaited:
+    """No server has answered yet."""
+
+    client_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcomed:
+    client_id: str
+    run_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskStarted:
+    client_id: str
+    kind: str
+    round: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCompleted:
+    client_id: str
+    kind: str
+    round: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskErred:
+    """The client's own code failed; the client lives on."""
+
+    client_id: str
+    kind: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceiptArrived:
+    client_id: str
+    round: int
+    staleness: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusalArrived:
+    client_id: str
+    reason: str

@@ -1,0 +1,153 @@
+"""Events as log lines: a sentence for people, or one JSON object per line for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TextIO
+
+from fedbus.observe import events as e
+
+_LOGGER = logging.getLogger("fedbus")
+
+_WARNINGS = (
+    e.MemberLost,
+    e.FitFailed,
+    e.EvaluateFailed,
+    e.UpdateRefused,
+    e.EvaluationFailed,
+    e.MessageRejected,
+    e.TaskErred,
+    e.RefusalArrived,
+)
+_DETAILS = (e.ModelPublished, e.TaskStarted, e.ReceiptArrived)
+
+
+def log_event(event: object) -> None:
+    """Write `event` to the logger "fedbus": an `Observe` function."""
+    if isinstance(event, e.MemberLost) and event.left:
+        level = logging.INFO
+    elif isinstance(event, _WARNINGS):
+        level = logging.WARNING
+    else:
+        level = logging.DEBUG if isinstance(event, _DETAILS) else logging.INFO
+    if _LOGGER.isEnabledFor(level):
+        _LOGGER.log(level, "%s", sentence(event), extra={"event": event})
+
+
+def set_up(stream: TextIO, *, as_json: bool, level: int = logging.INFO) -> None:
+    """Send fedbus's log lines to `stream`, one event per line."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    _LOGGER.handlers[:] = [handler]
+    _LOGGER.propagate = False
+    _LOGGER.setLevel(level)
+    # Its DEBUG level prints whole payloads, and its errors reach the user as ours.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time (UTC, ISO 8601), level, event, message and the event's own fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+        }
+        event = getattr(record, "event", None)
+        if event is not None:
+            entry["event"] = _snake_case(type(event).__name__)
+        entry["message"] = record.getMessage()
+        if dataclasses.is_dataclass(event) and not isinstance(event, type):
+            entry |= dataclasses.asdict(event)
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def number(value: object) -> str:
+    """A metric as people read it."""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _metrics(metrics: Mapping[str, object]) -> str:
+    return "".join(f", {name} {number(value)}" for name, value in metrics.items())
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def sentence(event: object) -> str:
+    """What happened, in one line."""
+    match event:
+        case e.ConnectedToBroker():
+            return f"{event.role} connected to {event.broker}"
+        case e.RunStarted():
+            waiting = _plural(event.start_clients, "client")
+            return f"run {event.run_id} of {_plural(event.num_rounds, 'round')}: waiting for {waiting}"
+        case e.MemberJoined():
+            wanted = f", {event.needed} more needed" if event.needed else ""
+            late = f" during round {event.round}" if event.round else ""
+            return f"{event.client_id} joined{late} ({_plural(event.members, 'client')}{wanted})"
+        case e.MemberLost():
+            verb = "left" if event.left else "is lost"
+            return f"{event.client_id} {verb}: {event.reason} ({_plural(event.members, 'client')} remaining)"
+        case e.RoundOpened():
+            tasked = _plural(len(event.cohort), "client")
+            return f"round {event.round}: {tasked} tasked with model {event.version}"
+        case e.CohortGrew():
+            return f"round {event.round}: also tasked: {', '.join(event.clients)}"
+        case e.UpdateFolded():
+            late = f", {_plural(event.staleness, 'version')} late" if event.staleness else ""
+            examples = _plural(event.num_examples, "example")
+            return f"round {event.round}: update of {event.client_id} folded ({examples}{late})"
+        case e.UpdateRefused():
+            return f"update of {event.client_id} refused: {event.reason}"
+        case e.FitFailed():
+            return f"round {event.round}: {event.client_id} failed to fit: {event.reason}"
+        case e.EvaluateFailed():
+            return f"{event.client_id} failed to evaluate: {event.reason}"
+        case e.RoundClosed():
+            waits = f", still out: {', '.join(event.unfinished)}" if event.unfinished else ""
+            return (
+                f"round {event.round} closed ({event.reason}) with {_plural(event.folded, 'update')} "
+                f"in {event.seconds:.2f} s: model {event.version}{_metrics(event.fit_metrics)}{waits}"
+            )
+        case e.Evaluated():
+            by = "central evaluation" if event.where == "central" else f"{_plural(event.clients, 'client')} evaluated"
+            return f"round {event.round}: {by}: loss {number(event.loss)}{_metrics(event.metrics)}"
+        case e.EvaluationFailed():
+            return f"round {event.round}: evaluate_fn failed: {event.reason}"
+        case e.ModelPublished():
+            return f"model {event.version} published: {event.payload_bytes} bytes, {_plural(event.parts, 'part')}"
+        case e.MessageRejected():
+            return f"a message on {event.queue} was rejected: {event.reason}"
+        case e.RunFinished():
+            verb = "finished" if event.finished else "ended early"
+            return f"run {verb}: {event.reason} ({_plural(event.rounds, 'round')}, {event.seconds:.1f} s)"
+        case e.ServerAwaited():
+            return f"{event.client_id}: waiting for a server on this broker"
+        case e.Welcomed():
+            return f"{event.client_id}: member of run {event.run_id}"
+        case e.TaskStarted():
+            return f"{event.client_id}: {event.kind} for round {event.round} started"
+        case e.TaskCompleted():
+            return f"{event.client_id}: {event.kind} for round {event.round} done in {event.seconds:.2f} s"
+        case e.TaskErred():
+            return f"{event.client_id}: {event.kind} for round {event.round} failed: {event.reason}"
+        case e.ReceiptArrived():
+            late = f", {_plural(event.staleness, 'version')} late" if event.staleness else ""
+            return f"{event.client_id}: update is in round {event.round}{late}"
+        case e.RefusalArrived():
+            return f"{event.client_id}: the server refused the update: {event.reason}"
+        case _:
+            return repr(event)

@@ -1,0 +1,213 @@
+"""A run on the terminal, live: the round, who has reported, who is late or lost, loss and accuracy."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedbus.observe import events as o
+from fedbus.observe.logs import number, sentence
+
+_MAX_CLIENT_ROWS = 16
+_MAX_ROUND_ROWS = 12
+_MAX_NEWS = 5
+
+_STYLES = {
+    "idle": "dim",
+    "training": "yellow",
+    "reported": "green",
+    "late": "magenta",
+    "failed": "red",
+    "refused": "red",
+    "lost": "bold red",
+    "left": "dim",
+}
+
+
+@dataclass
+class _ClientRow:
+    state: str = "idle"
+    updates: int = 0
+    late: int = 0
+    note: str = ""
+
+
+@dataclass
+class _RoundRow:
+    updates: str = ""
+    seconds: str = ""
+    reason: str = ""
+    central: Mapping[str, object] = field(default_factory=dict)
+    federated: Mapping[str, object] = field(default_factory=dict)
+
+
+class Board:
+    """What is known of a run, as a screenful; feed it events, render it at any time."""
+
+    def __init__(self) -> None:
+        self.broker = ""
+        self._run: o.RunStarted | None = None
+        self._started_at = time.monotonic()
+        self._round = 0
+        self._opened: o.RoundOpened | None = None
+        self._folded = 0
+        self._needed = 0
+        self._clients: OrderedDict[str, _ClientRow] = OrderedDict()
+        self._rounds: OrderedDict[int, _RoundRow] = OrderedDict()
+        self._news: deque[Text] = deque(maxlen=_MAX_NEWS)
+        self._end: o.RunFinished | None = None
+
+    def announce(self, text: str, style: str = "bold") -> None:
+        """Put a line of the caller's own among the news."""
+        self._news.append(Text(f"{time.strftime('%H:%M:%S')}  {text}", style=style))
+
+    def observe(self, event: object) -> None:
+        """Take in one event."""
+        match event:
+            case o.ConnectedToBroker():
+                self.broker = event.broker
+            case o.RunStarted():
+                self._run, self._needed = event, event.start_clients
+            case o.MemberJoined():
+                self._clients.setdefault(event.client_id, _ClientRow()).state = "idle"
+                self._needed = event.needed
+                if event.round:
+                    self.announce(sentence(event), "cyan")
+            case o.MemberLost():
+                self._row(event.client_id).state = "left" if event.left else "lost"
+                self._row(event.client_id).note = event.reason
+                self.announce(sentence(event), "dim" if event.left else "red")
+            case o.RoundOpened():
+                self._open(event)
+            case o.CohortGrew():
+                for client_id in event.clients:
+                    self._row(client_id).state = "training"
+            case o.UpdateFolded():
+                self._folded += 1
+                row = self._row(event.client_id)
+                row.updates += 1
+                row.late += event.staleness > 0
+                row.state = "reported"
+                row.note = f"{event.staleness} late" if event.staleness else ""
+            case o.UpdateRefused():
+                self._row(event.client_id).state = "refused"
+                self.announce(sentence(event), "red")
+            case o.FitFailed():
+                self._row(event.client_id).state = "failed"
+                self.announce(sentence(event), "red")
+            case o.EvaluateFailed() | o.EvaluationFailed() | o.MessageRejected():
+                self.announce(sentence(event), "red")
+            case o.RoundClosed():
+                self._close(event)
+            case o.Evaluated():
+                row_of_round = self._rounds.setdefault(event.round, _RoundRow())
+                figures = {"loss": event.loss, **event.metrics}
+                if event.where == "central":
+                    row_of_round.central = figures
+                else:
+                    row_of_round.federated = figures
+            case o.RunFinished():
+                self._end = event
+            case _:
+                pass
+
+    def _row(self, client_id: str) -> _ClientRow:
+        return self._clients.setdefault(client_id, _ClientRow())
+
+    def _open(self, event: o.RoundOpened) -> None:
+        self._opened, self._round, self._folded = event, event.round, 0
+        for row in self._clients.values():
+            if row.state == "training":
+                row.state = "late"
+            elif row.state in ("reported", "failed", "refused"):
+                row.state, row.note = "idle", ""
+        for client_id in event.cohort:
+            self._row(client_id).state = "training"
+
+    def _close(self, event: o.RoundClosed) -> None:
+        row = self._rounds.setdefault(event.round, _RoundRow())
+        row.updates = f"{event.folded}/{event.cohort}"
+        row.seconds = f"{event.seconds:.2f}"
+        row.reason = event.reason
+
+    # ---- the screen ----------------------------------------------------------------------------------------------
+
+    def __rich__(self) -> RenderableType:
+        side_by_side = Table.grid(padding=(0, 3))
+        side_by_side.add_row(self._client_table(), self._round_table())
+        return Group(self._headline(), Text(), side_by_side, Text(), *self._news)
+
+    def _headline(self) -> RenderableType:
+        total = self._run.num_rounds if self._run else 0
+        line = Table.grid(padding=(0, 2))
+        closed = sum(1 for row in self._rounds.values() if row.reason)
+        line.add_row(
+            Text("fedbus", style="bold"),
+            ProgressBar(total=max(1, total), completed=closed, width=24),
+            Text(self._status(total)),
+            Text(f"{time.monotonic() - self._started_at:.0f} s", style="dim"),
+            Text(self.broker, style="dim"),
+        )
+        return line
+
+    def _status(self, total: int) -> str:
+        if self._end is not None:
+            return "finished" if self._end.finished else f"ended early: {self._end.reason}"
+        if not self._round or self._opened is None:
+            return f"waiting for {self._needed} more clients" if self._needed else "starting"
+        return f"round {self._round}/{total}: {self._folded} of {self._opened.min_fit_clients} updates"
+
+    def _client_table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("client", "state", "updates", ""):
+            table.add_column(name, no_wrap=True)
+        # The interesting ones first, where there are more than fit.
+        order = {"lost": 0, "refused": 1, "failed": 1, "late": 2, "training": 3}
+        rows = list(self._clients.items())
+        if len(rows) > _MAX_CLIENT_ROWS:
+            rows.sort(key=lambda item: order.get(item[1].state, 9))
+        for client_id, row in rows[:_MAX_CLIENT_ROWS]:
+            updates = f"{row.updates}" + (f" ({row.late} late)" if row.late else "")
+            table.add_row(client_id, Text(row.state, style=_STYLES.get(row.state, "")), updates, row.note[:24])
+        if len(rows) > _MAX_CLIENT_ROWS:
+            table.add_row(Text(f"and {len(rows) - _MAX_CLIENT_ROWS} more", style="dim"))
+        return table
+
+    def _round_table(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        shown = list(self._rounds.items())[-_MAX_ROUND_ROWS:]
+        figures = [row.central or row.federated for _, row in shown]
+        names = list(dict.fromkeys(name for values in figures for name in values))[:4]
+        for name in ("round", "updates", "s", *names):
+            table.add_column(name, justify="right", no_wrap=True)
+        for (round_, row), values in zip(shown, figures, strict=True):
+            cells = [number(values[name]) if name in values else "" for name in names]
+            table.add_row(str(round_), row.updates, row.seconds, *cells)
+        return table
+
+
+class LiveProgress:
+    """A `Board` that redraws itself on the terminal; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.board = Board()
+        self._live = Live(self.board, console=console, refresh_per_second=8)
+
+    def __enter__(self) -> LiveProgress:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def observe(self, event: object) -> None:
+        """Take in one event: an `Observe` function."""
+        self.board.observe(event)
