@@ -1,0 +1,143 @@
+"""What a user hands over: the `App`, and finding it by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TypeAlias
+
+from fedbus.config import RoundConfig
+from fedbus.errors import AppError, ConfigError
+from fedbus.strategies.base import Strategy
+from fedbus.strategies.fedavg import FedAvg
+from fedbus.training.base import Client, ClientContext, NumPyClient
+from fedbus.types import Array, Config, EvaluateFn, Tensors, as_tensors
+
+Parameters: TypeAlias = Tensors | Sequence[Array]
+ConfigFn: TypeAlias = Config | Callable[[int], Config]
+
+
+@dataclass(kw_only=True)
+class App:
+    """A federated application: the same object serves server and clients, each takes its half.
+
+    Args:
+        client_fn: makes a client's `Client` or `NumPyClient`; called once in each client process.
+        strategy: how updates become the next model.
+        initial_parameters: the model to begin with (name -> array, or a list of arrays), or a function that makes
+            it; None asks one of the clients for its `get_parameters`.
+        evaluate_fn: central evaluation, (round, {name: array}) -> (loss, metrics); runs beside the rounds.
+        rounds: how rounds open and close.
+        fit_config, evaluate_config: settings sent with the tasks; a mapping, or a function of the round.
+        seed: of the cohorts; also sent to clients as "seed" in the fit config unless that is set there.
+
+    Raises:
+        ConfigError: when an argument is of the wrong kind.
+    """
+
+    client_fn: Callable[[ClientContext], Client | NumPyClient]
+    strategy: Strategy = field(default_factory=FedAvg)
+    initial_parameters: Parameters | Callable[[], Parameters] | None = None
+    evaluate_fn: EvaluateFn | None = None
+    rounds: RoundConfig = field(default_factory=RoundConfig)
+    fit_config: ConfigFn = field(default_factory=dict)
+    evaluate_config: ConfigFn = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.client_fn):
+            raise ConfigError(f"client_fn must be a function of a ClientContext, not {self.client_fn!r}")
+        if not isinstance(self.strategy, Strategy):
+            raise ConfigError(f"strategy must be a fedbus Strategy such as FedAvg(), not {self.strategy!r}")
+        if not isinstance(self.rounds, RoundConfig):
+            raise ConfigError(f"rounds must be a RoundConfig, not {self.rounds!r}")
+        if self.evaluate_fn is not None and not callable(self.evaluate_fn):
+            raise ConfigError(f"evaluate_fn must be a function, not {self.evaluate_fn!r}")
+
+    def initial_model(self) -> dict[str, Array] | None:
+        """The model to begin with; None when a client is to be asked for it."""
+        parameters = self.initial_parameters() if callable(self.initial_parameters) else self.initial_parameters
+        return None if parameters is None else as_tensors(parameters)
+
+    def fit_config_of(self, round: int) -> Config:
+        """The settings that go with the fit tasks of `round`: "seed" and "round" are always among them."""
+        return {"seed": self.seed, "round": round, **_config("fit_config", self.fit_config, round)}
+
+    def evaluate_config_of(self, round: int) -> Config:
+        """The settings that go with the evaluate tasks of `round`."""
+        return {"round": round, **_config("evaluate_config", self.evaluate_config, round)}
+
+
+def _config(name: str, config: ConfigFn, round: int) -> Config:
+    value = config(round) if callable(config) else config
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a mapping or a function that returns one, not {value!r}")
+    for key, item in value.items():
+        if not isinstance(key, str) or not isinstance(item, bool | int | float | str | bytes):
+            raise ConfigError(f"{name}: {key!r} must be a string with a bool, number, string or bytes behind it")
+    return value
+
+
+def load_app(reference: str) -> App:
+    """The `App` that `reference` names: "module:attr" or "file.py:attr" (attr defaults to "app").
+
+    Raises `AppError`, in one line, when it cannot be found or imported, or is something else.
+    """
+    target, _, attribute = reference.partition(":")
+    attribute = attribute or "app"
+    module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
+    if not hasattr(module, attribute):
+        apps = [name for name, value in vars(module).items() if isinstance(value, App)]
+        hint = f": it has {', '.join(apps)}" if apps else ": make one with app = fedbus.App(...)"
+        raise AppError(f"{target} has no attribute {attribute!r}{hint}")
+    app = getattr(module, attribute)
+    if not isinstance(app, App):
+        raise AppError(f"{target}:{attribute} is not a fedbus.App but {type(app).__name__}: name the App itself")
+    return app
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise AppError(f"there is no file {path}: APP is file.py:attr or module:attr")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # for the imports among the user's own files
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as exc:
+        sys.modules.pop(path.stem, None)
+        if isinstance(exc, KeyboardInterrupt):
+            raise
+        raise _import_failed(str(path), exc) from exc
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        if exc.name is not None and (name == exc.name or name.startswith(f"{exc.name}.")):
+            raise AppError(f"there is no module {exc.name!r}: APP is module:attr or file.py:attr") from exc
+        raise _import_failed(name, exc) from exc
+    except (Exception, SystemExit) as exc:
+        raise _import_failed(name, exc) from exc
+
+
+def _import_failed(name: str, exc: BaseException) -> AppError:
+    frames = traceback.extract_tb(exc.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    reason = " ".join(str(exc).split()) or "no reason given"
+    return AppError(f"{name} cannot be imported: {type(exc).__name__}: {reason}{where}")

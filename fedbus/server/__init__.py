@@ -1,0 +1,1 @@
+"""The server: bus, engine and strategy in one TaskGroup."""

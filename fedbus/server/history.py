@@ -1,0 +1,84 @@
+"""What became of each round, as data that goes into history.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """Loss and metrics of one model version; `clients` and `num_examples` are 0 for the central evaluation."""
+
+    loss: float
+    metrics: dict[str, Any]
+    clients: int = 0
+    num_examples: int = 0
+
+
+@dataclass(kw_only=True)
+class RoundRecord:
+    """One round. `folded` maps client to staleness; times are seconds, `opened_s` from the start of the run."""
+
+    round: int
+    version: int
+    reason: str
+    opened_s: float
+    seconds: float
+    cohort: list[str]
+    folded: dict[str, int]
+    unfinished: list[str]
+    lost: list[str]
+    failed: dict[str, str]
+    refused: dict[str, str]
+    fit_metrics: dict[str, float]
+    central: Evaluation | None = None
+    federated: Evaluation | None = None
+
+
+@dataclass(kw_only=True)
+class History:
+    """A whole run: written to history.json after every round."""
+
+    run_id: str
+    finished: bool = False
+    reason: str = ""
+    seconds: float = 0.0
+    clients_joined: list[str] = field(default_factory=list)
+    clients_lost: list[str] = field(default_factory=list)
+    clients_left: list[str] = field(default_factory=list)
+    initial: Evaluation | None = None
+    rounds: list[RoundRecord] = field(default_factory=list)
+
+    def record(self, round: int) -> RoundRecord | None:
+        """The record of `round`, counted from 1; None when it is not closed."""
+        return next((record for record in reversed(self.rounds) if record.round == round), None)
+
+    @property
+    def central(self) -> Evaluation | None:
+        """The last central evaluation."""
+        return next((record.central for record in reversed(self.rounds) if record.central), self.initial)
+
+    @property
+    def federated(self) -> Evaluation | None:
+        """The last federated evaluation."""
+        return next((record.federated for record in reversed(self.rounds) if record.federated), None)
+
+    @property
+    def updates(self) -> int:
+        """Updates folded in all rounds together."""
+        return sum(len(record.folded) for record in self.rounds)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=_plain) + "\n"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)

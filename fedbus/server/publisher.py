@@ -1,0 +1,81 @@
+"""The model stream, as its only writer sees it: versions go in, their offsets are known."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fedbus.bus.base import Bus
+from fedbus.bus.topology import MODEL, model_stream
+from fedbus.errors import DecodeError, QueueMismatch
+from fedbus.types import Tensors
+from fedbus.wire.arrays import pack
+from fedbus.wire.codec import decode, encode
+from fedbus.wire.messages import Model, Part
+from fedbus.wire.transfer import PART_BYTES, crc32, cut
+
+
+class ModelPublisher:
+    """Writes model versions into the stream, each once, however many clients read it."""
+
+    def __init__(self, bus: Bus, *, run_id: str, epoch: int) -> None:
+        self._bus = bus
+        self._run_id = run_id
+        self._epoch = epoch
+        self._next_offset: int | None = None
+        self._is_declared = False
+
+    async def publish(self, model: Tensors, version: int) -> tuple[int, int, int]:
+        """Publish `version`; the offset of its head, its parts and its payload bytes."""
+        schema, payload = await asyncio.to_thread(pack, model)
+        if not self._is_declared:
+            await self._declare(payload.nbytes)
+        head, *rest = cut(payload)
+        message = Model(
+            run_id=self._run_id,
+            epoch=self._epoch,
+            version=version,
+            schema=schema,
+            part_bytes=PART_BYTES,
+            crc32=crc32(head),
+            payload=head,
+        )
+        # One confirm awaited per part: then each message is a chunk of its own, which readers fetch one by one.
+        await self._bus.publish(MODEL, "", encode(message))
+        for index, part in enumerate(rest, 1):
+            further = Part(transfer=message.transfer, index=index, crc32=crc32(part), payload=part)
+            await self._bus.publish(MODEL, "", encode(further))
+        count = 1 + len(rest)
+        if self._next_offset is None:
+            self._next_offset = await self._end_of(message.transfer, count) + 1 - count
+        first, self._next_offset = self._next_offset, self._next_offset + count
+        return first, count, payload.nbytes
+
+    async def _declare(self, model_bytes: int) -> None:
+        topology = model_stream(model_bytes)
+        try:
+            await self._bus.declare(topology)
+        except QueueMismatch:
+            # The stream of an earlier run with a model of another size; its versions are of no use to anybody.
+            await self._bus.delete_queue(MODEL)
+            await self._bus.declare(topology)
+        self._is_declared = True
+
+    async def _end_of(self, transfer: str, count: int) -> int:
+        """The offset of the transfer's last part. Publishers are not told offsets: read the end back, once."""
+        async with self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
+            async for delivery in consumer:
+                await consumer.ack(delivery)
+                if _is_part(delivery.body, transfer, count - 1):
+                    assert delivery.offset is not None
+                    return delivery.offset
+        raise AssertionError("a consumer ends only by raising")
+
+
+def _is_part(body: bytes, transfer: str, index: int) -> bool:
+    try:
+        message = decode(body)
+    except DecodeError:
+        return False
+    if isinstance(message, Model):
+        return index == 0 and message.transfer == transfer
+    return isinstance(message, Part) and (message.transfer, message.index) == (transfer, index)

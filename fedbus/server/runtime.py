@@ -1,0 +1,697 @@
+"""The server's asyncio shell: it feeds the engine with what comes in and carries out what the engine says.
+
+    control queue ──┐                    ┌──> sender      tasks, receipts (pipelined, in order)
+    updates queue ──┼─> events ─> engine ┼──> aggregator  fold, fold, ..., commit: strictly in order
+    deadlines     ──┘                    └──> evaluator   evaluate_fn, in the user's thread
+
+Order of a commit: new model and run folder first, then the published version, then the engine's word, then
+acknowledgements and receipts. Whatever dies in between, the broker still has the updates.
+
+Order of the end: the engine's last command, then the aggregator and the evaluator run dry, then the members are
+told, then everything is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedbus.app import App
+from fedbus.bus.base import Bus, Consumer, Delivery
+from fedbus.bus.topology import CONTROL, TASKS, UPDATES, ingress
+from fedbus.config import check_client_id
+from fedbus.errors import (
+    ClientCodeError,
+    ConfigError,
+    DecodeError,
+    RunFailed,
+    Unroutable,
+    UpdateRefused,
+    leaf,
+)
+from fedbus.observe import events as o
+from fedbus.rounds import commands as c
+from fedbus.rounds import events as e
+from fedbus.rounds.commands import Outcome
+from fedbus.rounds.engine import Engine
+from fedbus.server.checkpoint import RunFolder
+from fedbus.server.history import Evaluation, History, RoundRecord
+from fedbus.server.publisher import ModelPublisher
+from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_finite, check_initial_schema
+from fedbus.strategies.base import ClientUpdate
+from fedbus.strategies.metrics import weighted_mean
+from fedbus.training.thread import UserThread
+from fedbus.types import Array
+from fedbus.wire import messages as m
+from fedbus.wire.codec import decode, encode
+
+_LOGGER = logging.getLogger("fedbus.server")
+
+_CONTROL_PREFETCH = 256
+_SENDS_AT_ONCE = 64
+_STALLED_AFTER_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FoldJob:
+    command: c.Fold
+    update: StagedUpdate
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdoptJob:
+    update: StagedUpdate
+
+
+_Job: TypeAlias = _FoldJob | _AdoptJob | c.Commit
+
+
+class Server:
+    """One run of `app` over `bus`.
+
+    Args:
+        app: what to run.
+        bus: an open connection; the caller closes it.
+        run_dir: where history.json and model.safetensors go; None keeps nothing.
+        observers: called with each event of `fedbus.observe.events`.
+    """
+
+    def __init__(self, app: App, bus: Bus, *, run_dir: Path | None = None, observers: Sequence[o.Observe] = ()) -> None:
+        self._app = app
+        self._bus = bus
+        self._observers = tuple(observers)
+        self._folder = None if run_dir is None else RunFolder(run_dir)
+        self._run_id = uuid.uuid4().hex[:12]
+        self._epoch = 1
+        self._history = History(run_id=self._run_id)
+        self._staging = Staging()
+        self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
+        self._events: asyncio.Queue[e.Event] = asyncio.Queue(1024)
+        self._outbound: asyncio.Queue[tuple[str, m.InboxMessage, float | None]] = asyncio.Queue(1024)
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        # At most one evaluation waits: a slow evaluate_fn slows the rounds down instead of piling up models.
+        self._central: asyncio.Queue[tuple[int, dict[str, Array]]] = asyncio.Queue(1)
+        self._user_thread = UserThread("fedbus-evaluate")
+        self._ended = asyncio.Event()
+        self._started_at = time.monotonic()
+        self._model: dict[str, Array] | None = None
+        self._version = 0
+        self._offsets: dict[int, int] = {}  # version -> offset of its head, for the last two versions
+        self._check: UpdateCheck | None = None
+        self._fold_state: Any = None
+        self._fit_reports: list[tuple[int, dict[str, Any]]] = []
+        self._evaluate_reports: dict[str, m.EvaluateReport] = {}
+        self._refused: dict[str, str] = {}
+        self._last_failure = ""
+        self._updates: Consumer | None = None
+        self._engine: Engine | None = None
+
+    @property
+    def history(self) -> History:
+        """What has happened so far."""
+        return self._history
+
+    def request_stop(self, reason: str) -> None:
+        """End the run early: a commit that is under way is finished, an open round is given up."""
+        try:
+            self._events.put_nowait(e.StopRequested(reason=reason))
+        except asyncio.QueueFull:
+            asyncio.get_running_loop().call_later(0.05, self.request_stop, reason)
+
+    async def run(self) -> History:
+        """Run to the end.
+
+        Raises `RunFailed` when the run was stopped or no update was ever accepted, `BrokerError` when the
+        broker goes away, and whatever the strategy raises.
+        """
+        try:
+            await self._run()
+        except ExceptionGroup as group:
+            raise leaf(group) from group
+        finally:
+            self._user_thread.close()
+        if not self._history.finished:
+            raise RunFailed(f"the run ended after {len(self._history.rounds)} rounds: {self._history.reason}")
+        if self._history.updates == 0:
+            raise RunFailed(
+                f"no update was accepted in any round; the last failure: {self._last_failure or 'none came'}"
+            )
+        return self._history
+
+    async def _run(self) -> None:
+        model = await self._initial_model()
+        self._engine = Engine(self._app.rounds, seed=self._app.seed, run_id=self._run_id, has_model=model is not None)
+        await self._bus.declare(ingress())
+        rounds = self._app.rounds
+        self._tell(
+            o.RunStarted(
+                run_id=self._run_id,
+                num_rounds=rounds.num_rounds,
+                min_fit_clients=rounds.min_fit_clients,
+                start_clients=rounds.start_clients,
+            )
+        )
+        async with (
+            self._bus.consume(CONTROL, prefetch=_CONTROL_PREFETCH) as control,
+            # No bound: the parts of all updates that a round needs stay unacknowledged until its commit.
+            self._bus.consume(UPDATES, prefetch=0) as self._updates,
+            asyncio.TaskGroup() as group,
+        ):
+            work: list[Coroutine[Any, Any, None]] = [
+                self._bus.closed(),
+                self._receive_control(control),
+                self._receive_updates(self._updates, self._engine),
+                self._send(group),
+                self._aggregate(),
+                self._evaluate(),
+                self._drive(self._engine),
+            ]
+            tasks = [group.create_task(coroutine) for coroutine in work]
+            if model is not None:
+                await self._adopt(model)
+            await self._ended.wait()
+            for task in tasks:
+                task.cancel()
+
+    async def _initial_model(self) -> dict[str, Array] | None:
+        try:
+            return await self._user_thread.call(self._app.initial_model)
+        except Exception as exc:  # the user's own code
+            raise ConfigError(f"initial_parameters raised {_describe(exc)}") from exc
+
+    def _tell(self, event: object) -> None:
+        for observe in self._observers:
+            observe(event)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started_at
+
+    # ---- in: control messages ------------------------------------------------------------------------------------
+
+    async def _receive_control(self, consumer: Consumer) -> None:
+        async for delivery in consumer:
+            try:
+                event = self._control_event(decode(delivery.body))
+            except (DecodeError, ConfigError) as exc:
+                self._tell(o.MessageRejected(queue=CONTROL, reason=str(exc)))
+                event = None
+            if event is not None:
+                await self._events.put(event)
+            # Signs of life and small results are told again or time out: nothing depends on this one copy.
+            await consumer.ack(delivery)
+
+    def _control_event(self, message: m.Message) -> e.Event | None:
+        match message:
+            case m.Join():
+                return e.ClientJoined(client_id=check_client_id(message.client_id), session=message.session)
+            case m.Heartbeat():
+                client_id = check_client_id(message.client_id)
+                if message.run_id != self._run_id:  # it outlived another server: welcome it to this run
+                    return e.ClientJoined(client_id=client_id, session=message.session)
+                return e.ClientHeard(client_id=client_id, session=message.session)
+            case m.Leave():
+                return e.ClientLeft(client_id=message.client_id, session=message.session, reason=message.reason[:200])
+            case m.TaskFailed():
+                return e.TaskFailed(client_id=message.client_id, task_id=message.task_id, reason=message.reason[:500])
+            case m.EvaluateReport():
+                return self._evaluate_event(message)
+            case _:
+                raise DecodeError(f"a {type(message).__name__} does not belong here")
+
+    def _evaluate_event(self, report: m.EvaluateReport) -> e.Event:
+        if report.num_examples < 1 or not math.isfinite(report.loss):
+            reason = f"loss {report.loss} over {report.num_examples} examples cannot be averaged"
+            return e.TaskFailed(client_id=report.client_id, task_id=report.task_id, reason=reason)
+        if report.run_id == self._run_id:
+            self._evaluate_reports[report.task_id] = report
+        return e.EvaluateReported(client_id=report.client_id, task_id=report.task_id)
+
+    # ---- in: updates ---------------------------------------------------------------------------------------------
+
+    async def _receive_updates(self, consumer: Consumer, engine: Engine) -> None:
+        async for delivery in consumer:
+            try:
+                message = decode(delivery.body)
+                if not isinstance(message, m.Update | m.Part):
+                    raise DecodeError(f"a {type(message).__name__} does not belong here")
+            except DecodeError as exc:
+                self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
+                await consumer.reject(delivery, requeue=False)
+                continue
+            if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
+                await consumer.ack(delivery)
+                continue
+            if isinstance(message, m.Update):
+                await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
+            await self._stage(consumer, engine, message, delivery)
+
+    async def _stage(self, consumer: Consumer, engine: Engine, message: m.Update | m.Part, delivery: Delivery) -> None:
+        now = time.monotonic()
+        try:
+            if isinstance(message, m.Part):
+                token = self._staging.add(message, delivery, now)
+            else:
+                self._check_head(message, engine)
+                token = self._staging.begin(message, delivery, now)
+        except UpdateRefused as exc:
+            await self._report_invalid(self._staging.refuse(message, delivery), str(exc))
+        except DecodeError as exc:
+            self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
+            await consumer.reject(delivery, requeue=False)
+        else:
+            if token is not None:
+                await self._verify(token)
+
+    def _check_head(self, update: m.Update, engine: Engine) -> None:
+        """Before any memory is taken for it."""
+        if update.run_id != self._run_id:
+            raise UpdateRefused(f"it belongs to run {update.run_id[:40]}, which is over")
+        if not engine.awaits(update.task_id, update.client_id):
+            raise UpdateRefused("nobody waits for it")  # the engine knows the reason, or that it is a duplicate
+        if self._check is None:
+            check_initial_schema(update.schema)
+        else:
+            self._check.head(update)
+
+    async def _verify(self, token: int) -> None:
+        update = self._staging.get(token)
+        assert update.tensors is not None
+        try:
+            await asyncio.to_thread(check_finite, update.tensors)
+        except UpdateRefused as exc:
+            update.tensors = None
+            await self._report_invalid(token, str(exc))
+            return
+        await self._events.put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
+
+    async def _report_invalid(self, token: int, reason: str) -> None:
+        update = self._staging.get(token)
+        await self._events.put(
+            e.UpdateInvalid(client_id=update.client_id, task_id=update.task_id, delivery=token, reason=reason)
+        )
+
+    async def _forget(self, transfers: list[str], *, but: str = "") -> None:
+        """Give up transfers that will never be whole: their sender died, or has begun anew."""
+        assert self._updates is not None
+        for transfer in transfers:
+            for delivery in self._staging.abort(transfer) if transfer != but else ():
+                await self._updates.ack(delivery)
+
+    def _stalled(self) -> list[str]:
+        silence_s = max(_STALLED_AFTER_S, 2 * self._app.rounds.lease_s)
+        return self._staging.stalled(time.monotonic() - silence_s)
+
+    # ---- the engine ----------------------------------------------------------------------------------------------
+
+    async def _drive(self, engine: Engine) -> None:
+        while True:
+            commands: list[c.Command] = []
+            event = await self._next_event(engine.next_deadline())
+            if event is not None:
+                commands += engine.handle(event, time.monotonic())
+            # Only when nothing waits: a client must not be taken for silent while its heartbeat is in the queue.
+            deadline = engine.next_deadline()
+            if deadline is not None and deadline <= time.monotonic() and self._events.empty():
+                commands += engine.advance(time.monotonic())
+            for command in commands:
+                await self._carry_out(command)
+
+    async def _next_event(self, deadline: float | None) -> e.Event | None:
+        timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._events.get()
+        except TimeoutError:
+            return None
+
+    async def _carry_out(self, command: c.Command) -> None:
+        match command:
+            case c.WelcomeClient():
+                rounds = self._app.rounds
+                welcome = m.Welcome(
+                    run_id=self._run_id, epoch=self._epoch, heartbeat_s=rounds.heartbeat_s, lease_s=rounds.lease_s
+                )
+                await self._outbound.put((command.client_id, welcome, rounds.lease_s))
+            case c.RequestParameters():
+                task = m.ParametersTask(task_id=command.task_id, run_id=self._run_id)
+                await self._outbound.put((command.client_id, task, self._app.rounds.timeout_s))
+            case c.SendFitTask():
+                await self._outbound.put((command.client_id, self._fit_task(command), command.timeout_s))
+            case c.SendEvaluateTask():
+                await self._outbound.put((command.client_id, self._evaluate_task(command), command.timeout_s))
+            case c.Fold():
+                self._jobs.put_nowait(_FoldJob(command=command, update=self._staging.get(command.delivery)))
+            case c.AdoptParameters():
+                self._jobs.put_nowait(_AdoptJob(update=self._staging.get(command.delivery)))
+            case c.Commit():
+                self._jobs.put_nowait(command)
+            case c.Settle():
+                await self._settle(command)
+            case c.CloseEvaluation():
+                self._close_evaluation(command)
+            case c.EndRun():
+                await self._end(command)
+            case _:
+                self._note(command)
+
+    def _fit_task(self, command: c.SendFitTask) -> m.FitTask:
+        return m.FitTask(
+            task_id=command.task_id,
+            run_id=self._run_id,
+            round=command.round,
+            version=command.version,
+            offset=self._offsets[command.version],
+            timeout_s=command.timeout_s,
+            config=self._app.fit_config_of(command.round),
+        )
+
+    def _evaluate_task(self, command: c.SendEvaluateTask) -> m.EvaluateTask:
+        return m.EvaluateTask(
+            task_id=command.task_id,
+            run_id=self._run_id,
+            round=command.round,
+            version=command.version,
+            offset=self._offsets[command.version],
+            config=self._app.evaluate_config_of(command.round),
+        )
+
+    def _note(self, notice: c.Notice) -> None:
+        match notice:
+            case c.MemberJoined() if notice.client_id not in self._history.clients_joined:
+                self._history.clients_joined.append(notice.client_id)
+            case c.MemberLost():
+                gone = self._history.clients_left if notice.left else self._history.clients_lost
+                gone.append(notice.client_id)
+            case c.FitFailed() | c.EvaluateFailed():
+                self._last_failure = f"{notice.client_id}: {notice.reason}"
+            case _:
+                pass
+        self._tell(notice)
+
+    # ---- settling ------------------------------------------------------------------------------------------------
+
+    async def _settle(self, command: c.Settle) -> None:
+        """Acknowledge only now: the effect is durable, or there will be none."""
+        assert self._updates is not None
+        update = self._staging.take_out(command.delivery)
+        for delivery in update.deliveries:
+            if command.outcome is Outcome.RELEASED:
+                await self._updates.reject(delivery, requeue=True)
+            else:
+                await self._updates.ack(delivery)
+        if command.outcome is Outcome.COMMITTED:
+            receipt = m.Receipt(
+                task_id=command.task_id, run_id=self._run_id, round=command.round, staleness=command.staleness
+            )
+            await self._outbound.put((command.client_id, receipt, self._app.rounds.timeout_s))
+        elif command.outcome is Outcome.REFUSED:
+            self._refused[command.client_id] = command.reason
+            self._last_failure = f"{command.client_id}: {command.reason}"
+            self._tell(o.UpdateRefused(client_id=command.client_id, task_id=command.task_id, reason=command.reason))
+            refusal = m.Refusal(task_id=command.task_id, run_id=self._run_id, reason=command.reason)
+            await self._outbound.put((command.client_id, refusal, self._app.rounds.timeout_s))
+
+    # ---- out: the sender -----------------------------------------------------------------------------------------
+
+    async def _send(self, group: asyncio.TaskGroup) -> None:
+        """Publish what is due without waiting for each confirm; started in order, so sent in order."""
+        slots = asyncio.Semaphore(_SENDS_AT_ONCE)
+        while True:
+            client_id, message, expires_s = await self._outbound.get()
+            await slots.acquire()
+            task = group.create_task(self._send_one(client_id, message, expires_s))
+            task.add_done_callback(lambda _: slots.release())
+
+    async def _send_one(self, client_id: str, message: m.InboxMessage, expires_s: float | None) -> None:
+        try:
+            await self._bus.publish(TASKS, client_id, encode(message), expires_s=expires_s)
+        except Unroutable:
+            if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
+                await self._events.put(
+                    e.TaskFailed(client_id=client_id, task_id=message.task_id, reason="its inbox is gone")
+                )
+        finally:
+            self._outbound.task_done()
+
+    # ---- the aggregator ------------------------------------------------------------------------------------------
+
+    async def _aggregate(self) -> None:
+        while True:
+            job = await self._jobs.get()
+            match job:
+                case _FoldJob():
+                    await self._fold(job)
+                case _AdoptJob():
+                    assert job.update.tensors is not None
+                    await self._adopt(job.update.tensors)
+                case c.Commit():
+                    await self._commit(job)
+            self._jobs.task_done()
+
+    async def _fold(self, job: _FoldJob) -> None:
+        strategy, staged, command = self._app.strategy, job.update, job.command
+        assert self._model is not None
+        assert staged.tensors is not None
+        if self._fold_state is None:
+            self._fold_state = await _off_loop(strategy.init, self._model)
+        update = ClientUpdate(
+            client_id=staged.client_id,
+            delta=staged.tensors,
+            num_examples=staged.num_examples,
+            staleness=command.staleness,
+            discount=command.discount,
+            metrics=staged.metrics,
+        )
+        await _off_loop(strategy.fold, self._fold_state, update)
+        staged.tensors = None
+        self._fit_reports.append((staged.num_examples, dict(staged.metrics)))
+        self._tell(
+            o.UpdateFolded(
+                client_id=staged.client_id,
+                round=command.round,
+                staleness=command.staleness,
+                num_examples=staged.num_examples,
+            )
+        )
+
+    async def _adopt(self, model: dict[str, Array]) -> None:
+        """Make `model` version 0 and publish it."""
+        self._model = _frozen({name: value.copy() for name, value in model.items()})
+        self._check = UpdateCheck(self._model)
+        await self._publish()
+        await self._save()
+        await self._evaluate_centrally(0)
+        await self._events.put(e.ModelReady())
+
+    async def _commit(self, command: c.Commit) -> None:
+        assert self._model is not None
+        if command.folded:
+            state, self._fold_state = self._fold_state, None
+            model = await _off_loop(self._app.strategy.finish, state, self._model)
+            _check_same_kind(self._model, model)
+            self._model = _frozen(model)
+            self._version += 1
+        fit_metrics = weighted_mean(self._fit_reports)
+        self._fit_reports = []
+        record = self._record(command, fit_metrics)
+        if command.folded:
+            await self._save()
+            await self._publish()
+        record.seconds = round(time.monotonic() - command.opened_at, 3)
+        await self._events.put(e.RoundCommitted(round=command.round, version=self._version))
+        self._tell(
+            o.RoundClosed(
+                round=command.round,
+                version=self._version,
+                reason=command.reason.value,
+                folded=len(command.folded),
+                cohort=len(command.cohort),
+                unfinished=command.unfinished,
+                fit_metrics=fit_metrics,
+                seconds=record.seconds,
+            )
+        )
+        if command.folded:
+            await self._evaluate_centrally(command.round)
+        await self._forget(self._stalled())
+
+    async def _publish(self) -> None:
+        assert self._model is not None
+        started_at = time.monotonic()
+        offset, parts, payload_bytes = await self._publisher.publish(self._model, self._version)
+        self._offsets = {version: known for version, known in self._offsets.items() if version == self._version - 1} | {
+            self._version: offset
+        }
+        self._tell(
+            o.ModelPublished(
+                version=self._version,
+                payload_bytes=payload_bytes,
+                parts=parts,
+                seconds=time.monotonic() - started_at,
+            )
+        )
+
+    async def _save(self) -> None:
+        if self._folder is not None and self._model is not None:
+            await asyncio.to_thread(self._folder.save_model, self._model, run_id=self._run_id, version=self._version)
+            await self._save_history()
+
+    async def _save_history(self) -> None:
+        if self._folder is not None:
+            await asyncio.to_thread(self._folder.save_history, self._history)
+
+    def _record(self, command: c.Commit, fit_metrics: dict[str, float]) -> RoundRecord:
+        refused, self._refused = self._refused, {}
+        self._history.rounds.append(
+            RoundRecord(
+                round=command.round,
+                version=self._version,
+                reason=command.reason.value,
+                opened_s=round(command.opened_at - self._started_at, 3),
+                seconds=round(time.monotonic() - command.opened_at, 3),
+                cohort=list(command.cohort),
+                folded={folded.client_id: folded.staleness for folded in command.folded},
+                unfinished=list(command.unfinished),
+                lost=list(command.lost),
+                failed=dict(command.failed),
+                refused=refused,
+                fit_metrics=fit_metrics,
+            )
+        )
+        return self._history.rounds[-1]
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    async def _evaluate_centrally(self, round: int) -> None:
+        if self._app.evaluate_fn is not None and self._model is not None:
+            await self._central.put((round, self._model))
+
+    async def _evaluate(self) -> None:
+        while True:
+            round, model = await self._central.get()
+            try:
+                evaluation = await self._call_evaluate_fn(round, model)
+            except ClientCodeError as exc:
+                self._tell(o.EvaluationFailed(round=round, reason=str(exc)))
+                evaluation = None
+            if evaluation is not None:
+                self._keep_central(round, evaluation)
+            del model
+            self._central.task_done()
+
+    async def _call_evaluate_fn(self, round: int, model: dict[str, Array]) -> Evaluation | None:
+        assert self._app.evaluate_fn is not None
+        try:
+            result: Any = await self._user_thread.call(self._app.evaluate_fn, round, dict(model))
+        except Exception as exc:  # the user's own code
+            _LOGGER.debug("evaluate_fn failed", exc_info=exc)
+            raise ClientCodeError(_describe(exc)) from exc
+        if result is None:
+            return None
+        try:
+            loss, metrics = result
+            return Evaluation(loss=float(loss), metrics=dict(metrics))
+        except (TypeError, ValueError) as exc:
+            raise ClientCodeError(f"it returned {type(result).__name__}, (loss, metrics) is due") from exc
+
+    def _keep_central(self, round: int, evaluation: Evaluation) -> None:
+        record = self._history.record(round)
+        if record is None:
+            self._history.initial = evaluation
+        else:
+            record.central = evaluation
+        self._tell(
+            o.Evaluated(round=round, where="central", loss=evaluation.loss, metrics=evaluation.metrics, clients=0)
+        )
+
+    def _close_evaluation(self, command: c.CloseEvaluation) -> None:
+        suffix = f"/evaluate/{command.round}/"
+        reports = [
+            self._evaluate_reports.pop(task_id)
+            for task_id in [task_id for task_id in self._evaluate_reports if suffix in task_id]
+        ]
+        reports = [report for report in reports if report.client_id in command.reported]
+        if not reports:
+            return
+        weights = [(report.num_examples, {**report.metrics, "loss": report.loss}) for report in reports]
+        means = weighted_mean(weights)
+        evaluation = Evaluation(
+            loss=means.pop("loss"),
+            metrics=means,
+            clients=len(reports),
+            num_examples=sum(report.num_examples for report in reports),
+        )
+        record = self._history.record(command.round)
+        assert record is not None
+        record.federated = evaluation
+        self._tell(
+            o.Evaluated(
+                round=command.round,
+                where="federated",
+                loss=evaluation.loss,
+                metrics=evaluation.metrics,
+                clients=evaluation.clients,
+            )
+        )
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    async def _end(self, command: c.EndRun) -> None:
+        await self._jobs.join()
+        assert self._engine is not None
+        ended = m.RunEnded(run_id=self._run_id, finished=command.finished, reason=command.reason)
+        for client_id in self._engine.members:
+            await self._outbound.put((client_id, ended, self._app.rounds.lease_s))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(10):
+                await self._outbound.join()
+        if command.finished:  # the clients need not wait for this
+            await self._central.join()
+        self._history.finished = command.finished
+        self._history.reason = command.reason
+        self._history.seconds = round(self._seconds(), 3)
+        await self._save_history()
+        self._tell(
+            o.RunFinished(
+                finished=command.finished,
+                reason=command.reason,
+                rounds=len(self._history.rounds),
+                seconds=self._history.seconds,
+            )
+        )
+        self._ended.set()
+
+
+def _frozen(model: dict[str, Array]) -> dict[str, Array]:
+    """Nobody writes to a version that others may be reading."""
+    for value in model.values():
+        value.flags.writeable = False
+    return model
+
+
+async def _off_loop(function: Callable[..., Any], *args: Any) -> Any:
+    """Call into the strategy, off the event loop. Raises `RunFailed` when it raises: no round can be trusted then."""
+    try:
+        return await asyncio.to_thread(function, *args)
+    except Exception as exc:
+        raise RunFailed(f"{getattr(function, '__qualname__', function)} raised {_describe(exc)}") from exc
+
+
+def _check_same_kind(old: dict[str, Array], new: dict[str, Array]) -> None:
+    def kind(model: dict[str, Array]) -> list[tuple[str, object, object]]:
+        return [(name, value.shape, value.dtype) for name, value in model.items()]
+
+    if kind(old) != kind(new):
+        raise RunFailed("the strategy's finish changed names, order, shapes or dtypes of the model")
+
+
+def _describe(exc: BaseException) -> str:
+    return " ".join(f"{type(exc).__name__}: {exc}".split())[:500]

@@ -1,0 +1,202 @@
+"""Updates on their way in: parts put together, checked against the model, kept until they are settled."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedbus.bus.base import Delivery
+from fedbus.errors import DecodeError, UpdateRefused
+from fedbus.types import Array, Metrics, Tensors, delta_dtype
+from fedbus.wire.arrays import Schema, dtype_name, payload_bytes
+from fedbus.wire.messages import Part, Update
+from fedbus.wire.transfer import Assembly
+
+MAX_ORPHANS = 256
+"""Parts kept whose head has not come yet: the broker keeps the order, but for redeliveries."""
+
+MAX_INITIAL_BYTES = 64 << 30
+"""The largest initial model that a client may send."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StagedUpdate:
+    """A whole update, with the deliveries that it came in."""
+
+    client_id: str
+    task_id: str
+    num_examples: int
+    metrics: Metrics
+    deliveries: list[Delivery]
+    tensors: dict[str, Array] | None
+    """None once folded: the memory is free, the deliveries are still to be settled."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Transfer:
+    head: Update
+    assembly: Assembly
+    touched_at: float
+    deliveries: list[Delivery] = field(default_factory=list)
+
+
+class Staging:
+    """Puts transfers together and remembers whole updates by a token until they are taken out."""
+
+    def __init__(self) -> None:
+        self._transfers: dict[str, _Transfer] = {}
+        self._orphans: dict[str, list[tuple[Part, Delivery]]] = {}
+        self._aborted: OrderedDict[str, None] = OrderedDict()
+        self._updates: dict[int, StagedUpdate] = {}
+        self._tokens = itertools.count(1)
+
+    def __repr__(self) -> str:
+        return f"<Staging transfers={len(self._transfers)} updates={len(self._updates)}>"
+
+    def begin(self, head: Update, delivery: Delivery, now: float) -> int | None:
+        """Take the head of a transfer; the token of the update when it is whole by now.
+
+        Memory for it is taken here, so its schema has been compared with what is expected before. Raises
+        `UpdateRefused` for parts that do not fit.
+        """
+        try:
+            return self._begin(head, delivery, now)
+        except (DecodeError, MemoryError) as exc:
+            raise UpdateRefused(str(exc) or "the server has not enough memory for it") from exc
+
+    def _begin(self, head: Update, delivery: Delivery, now: float) -> int | None:
+        transfer = self._transfers.get(head.transfer)
+        if transfer is None:
+            transfer = _Transfer(head=head, assembly=Assembly(head.schema, head.part_bytes), touched_at=now)
+            self._transfers[head.transfer] = transfer
+        transfer.deliveries.append(delivery)
+        transfer.assembly.add(0, head.crc32, head.payload)
+        for part, its_delivery in self._orphans.pop(head.transfer, ()):
+            transfer.deliveries.append(its_delivery)
+            transfer.assembly.add(part.index, part.crc32, part.payload)
+        return self._finish(transfer)
+
+    def add(self, part: Part, delivery: Delivery, now: float) -> int | None:
+        """Take a further part; the token of the update when it is whole by now.
+
+        Raises `DecodeError` for a part whose head never came, `UpdateRefused` for one that does not fit its head.
+        """
+        transfer = self._transfers.get(part.transfer)
+        if transfer is None:
+            if sum(map(len, self._orphans.values())) >= MAX_ORPHANS:
+                raise DecodeError("a part of a transfer that is not under way")
+            self._orphans.setdefault(part.transfer, []).append((part, delivery))
+            return None
+        transfer.touched_at = now
+        transfer.deliveries.append(delivery)
+        try:
+            transfer.assembly.add(part.index, part.crc32, part.payload)
+        except DecodeError as exc:
+            raise UpdateRefused(str(exc)) from exc
+        return self._finish(transfer)
+
+    def refuse(self, message: Update | Part, delivery: Delivery) -> int:
+        """Give up the transfer of `message`: the token of an update without tensors, with all its deliveries."""
+        known = self._transfers.get(message.transfer)
+        head = message if isinstance(message, Update) else None
+        if head is None:
+            assert known is not None, "only a part of a known transfer can be refused"
+            head = known.head
+        deliveries = self.abort(message.transfer)
+        if delivery not in deliveries:
+            deliveries.append(delivery)
+        return self.keep(head, deliveries, None)
+
+    def is_aborted(self, transfer: str) -> bool:
+        """True for further parts of a transfer that was given up."""
+        return transfer in self._aborted
+
+    def of_task(self, task_id: str) -> list[str]:
+        """The transfers under way for `task_id`."""
+        return [name for name, transfer in self._transfers.items() if transfer.head.task_id == task_id]
+
+    def _finish(self, transfer: _Transfer) -> int | None:
+        if transfer.assembly.missing:
+            return None
+        del self._transfers[transfer.head.transfer]
+        return self.keep(transfer.head, transfer.deliveries, transfer.assembly.tensors())
+
+    def keep(self, head: Update, deliveries: list[Delivery], tensors: dict[str, Array] | None) -> int:
+        """Remember an update (one that is refused has no tensors) and give it a token."""
+        token = next(self._tokens)
+        self._updates[token] = StagedUpdate(
+            client_id=head.client_id,
+            task_id=head.task_id,
+            num_examples=head.num_examples,
+            metrics=head.metrics,
+            deliveries=deliveries,
+            tensors=tensors,
+        )
+        return token
+
+    def get(self, token: int) -> StagedUpdate:
+        return self._updates[token]
+
+    def take_out(self, token: int) -> StagedUpdate:
+        """Forget the update; its deliveries are the caller's to settle."""
+        return self._updates.pop(token)
+
+    def abort(self, transfer: str) -> list[Delivery]:
+        """Forget a transfer that went wrong; its deliveries are the caller's to settle."""
+        self._aborted[transfer] = None
+        if len(self._aborted) > 1024:
+            self._aborted.popitem(last=False)
+        known = self._transfers.pop(transfer, None)
+        orphans = [delivery for _, delivery in self._orphans.pop(transfer, ())]
+        return (known.deliveries if known else []) + orphans
+
+    def stalled(self, before: float) -> list[str]:
+        """Transfers of which nothing has come since `before`: their senders are gone."""
+        return [name for name, transfer in self._transfers.items() if transfer.touched_at < before]
+
+
+class UpdateCheck:
+    """What every update must be, for the model at hand."""
+
+    def __init__(self, model: Tensors) -> None:
+        self._expected = {
+            name: (dtype_name(delta_dtype(value.dtype)), tuple(value.shape)) for name, value in model.items()
+        }
+
+    def head(self, update: Update) -> None:
+        """Raise `UpdateRefused` for what can be told before the tensors are here: weight, names, dtypes, shapes."""
+        if update.num_examples < 1:
+            raise UpdateRefused(f"num_examples is {update.num_examples}: an update needs at least one example")
+        for spec in update.schema:
+            if spec.name not in self._expected:
+                raise UpdateRefused(f"the model has no tensor {spec.name[:80]!r}")
+            dtype, shape = self._expected[spec.name]
+            if spec.shape != shape:
+                raise UpdateRefused(f"tensor {spec.name!r} has shape {spec.shape}, the model has {shape}")
+            if spec.dtype != dtype:
+                raise UpdateRefused(f"tensor {spec.name!r} came as {spec.dtype}, {dtype} is due")
+
+
+def check_initial_schema(schema: Schema) -> None:
+    """Raise `UpdateRefused` for an initial model that is empty or larger than any that is taken."""
+    if not schema:
+        raise UpdateRefused("get_parameters returned no tensors")
+    if payload_bytes(schema) > MAX_INITIAL_BYTES:
+        raise UpdateRefused(f"an initial model of {payload_bytes(schema)} bytes, {MAX_INITIAL_BYTES} at most")
+
+
+def check_finite(tensors: Tensors) -> None:
+    """Raise `UpdateRefused` when any value is NaN or infinite. Reads every byte: call it off the event loop."""
+    for name, value in tensors.items():
+        if value.dtype.kind not in "iub" and not _all_finite(value):
+            raise UpdateRefused(f"tensor {name!r} holds NaN or infinite values: did the training diverge?")
+
+
+def _all_finite(value: Array) -> bool:
+    flat: np.ndarray[Any, Any] = value.reshape(-1)
+    # In blocks: the boolean mask stays small, and the first bad block ends it.
+    return all(bool(np.isfinite(flat[start : start + 65_536]).all()) for start in range(0, flat.size, 65_536))
