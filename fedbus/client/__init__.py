@@ -1,0 +1,1 @@
+"""The client: task -> the user's code in a thread -> update -> receipt."""

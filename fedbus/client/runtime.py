@@ -1,0 +1,335 @@
+"""The client's asyncio shell: it answers tasks until the run ends or it is asked to leave.
+
+A task is acknowledged once its result is with the broker: a client that dies half-way finds the task again in its
+inbox. Order of leaving: say goodbye first, then close; training that is under way is told through
+`ClientContext.cancelled` and not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedbus.app import App
+from fedbus.bus.base import Bus, Consumer, Delivery
+from fedbus.bus.topology import CONTROL, UPDATES, client_inbox, inbox, ingress
+from fedbus.client.reader import ModelReader
+from fedbus.config import check_client_id
+from fedbus.errors import BrokerClosed, BrokerError, ClientCodeError, ConfigError, DecodeError, QueueBusy, leaf
+from fedbus.observe import events as o
+from fedbus.training.base import Client, ClientContext, as_client, check_evaluate_result, check_fit_result
+from fedbus.training.delta import update_delta
+from fedbus.training.thread import UserThread
+from fedbus.types import Array, Metrics, Tensors
+from fedbus.wire import messages as m
+from fedbus.wire.arrays import pack
+from fedbus.wire.codec import decode, encode
+from fedbus.wire.transfer import PART_BYTES, crc32, cut
+
+_LOGGER = logging.getLogger("fedbus.client")
+
+_JOIN_EVERY_S = (0.5, 5.0)
+_PARTS_AT_ONCE = 16
+_BUSY_PATIENCE_S = 5.0
+_PRIORITY = {m.ParametersTask: 0, m.FitTask: 1, m.EvaluateTask: 2}
+"""Training first: an evaluation must not hold a round up."""
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    task: m.Task
+    delivery: Delivery
+
+
+class ClientRuntime:
+    """One client of `app` over `bus`.
+
+    Args:
+        app: whose `client_fn` makes the client's code, in the client's own thread.
+        bus: an open connection; the caller closes it.
+        client_id: the client's stable name.
+        partition, num_partitions: which part of the data is this client's, where fedbus starts the clients itself.
+        observers: called with each event of `fedbus.observe.events`.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        bus: Bus,
+        *,
+        client_id: str,
+        partition: int = 0,
+        num_partitions: int = 1,
+        observers: Sequence[o.Observe] = (),
+    ) -> None:
+        self._app = app
+        self._bus = bus
+        self._client_id = check_client_id(client_id)
+        self._context = ClientContext(client_id=client_id, partition=partition, num_partitions=num_partitions)
+        self._observers = tuple(observers)
+        self._session = uuid.uuid4().hex[:12]
+        self._run_id: str | None = None
+        self._heartbeat_s = _JOIN_EVERY_S[1]
+        self._lease_s = 4 * _JOIN_EVERY_S[1]
+        self._welcomed = asyncio.Event()
+        self._pending: list[_Pending] = []
+        self._work = asyncio.Event()
+        self._reader = ModelReader(bus)
+        self._client: Client | None = None
+        self._thread = UserThread(f"fedbus-{client_id}")
+        self._inbox: Consumer | None = None
+        self._over = asyncio.Event()
+        self._result: m.RunEnded | None = None
+
+    def request_leave(self) -> None:
+        """Leave the run: `run` returns None soon after."""
+        self._context.cancel()
+        self._over.set()
+
+    async def run(self) -> m.RunEnded | None:
+        """Take part until the run ends: the server's last word, or None after `request_leave`.
+
+        Raises `QueueBusy` when a client of this name is connected already, `BrokerError` when the broker goes away.
+        """
+        try:
+            await self._run()
+        except ExceptionGroup as group:
+            raise leaf(group) from group
+        finally:
+            self._context.cancel()
+            self._thread.close()
+        return self._result
+
+    async def _run(self) -> None:
+        await self._bus.declare(ingress())
+        await self._bus.declare(client_inbox(self._client_id))
+        async with contextlib.AsyncExitStack() as stack:
+            self._inbox = await self._open_inbox(stack)
+            async with asyncio.TaskGroup() as group:
+                work: list[Coroutine[Any, Any, None]] = [
+                    self._bus.closed(),
+                    self._receive(self._inbox),
+                    self._stay_present(),
+                    self._answer_tasks(),
+                ]
+                tasks = [group.create_task(coroutine) for coroutine in work]
+                await self._over.wait()
+                if self._result is None:
+                    await self._say_goodbye()
+                for task in tasks:
+                    task.cancel()
+
+    async def _open_inbox(self, stack: contextlib.AsyncExitStack) -> Consumer:
+        """The inbox, for this process alone. A predecessor that was killed may hold it for a moment longer."""
+        give_up_at = time.monotonic() + _BUSY_PATIENCE_S
+        while True:
+            try:
+                return await stack.enter_async_context(
+                    self._bus.consume(inbox(self._client_id), prefetch=1000, exclusive=True)
+                )
+            except QueueBusy:
+                if time.monotonic() > give_up_at:
+                    raise QueueBusy(
+                        f"a client named {self._client_id} is connected already: each needs an id of its own"
+                    ) from None
+                await asyncio.sleep(0.2)
+
+    def _tell(self, event: object) -> None:
+        for observe in self._observers:
+            observe(event)
+
+    # ---- presence ------------------------------------------------------------------------------------------------
+
+    async def _stay_present(self) -> None:
+        pause_s, longest_s = _JOIN_EVERY_S
+        join = m.Join(client_id=self._client_id, session=self._session)
+        awaited = False
+        while not self._welcomed.is_set():
+            await self._bus.publish(CONTROL, "", encode(join), expires_s=2 * pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s * random.uniform(0.8, 1.2)):
+                    await self._welcomed.wait()
+            if not self._welcomed.is_set() and not awaited:
+                awaited = True
+                self._tell(o.ServerAwaited(client_id=self._client_id))
+            pause_s = min(longest_s, 1.5 * pause_s)
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            heartbeat = m.Heartbeat(client_id=self._client_id, session=self._session, run_id=self._run_id or "")
+            await self._bus.publish(CONTROL, "", encode(heartbeat), expires_s=self._lease_s)
+
+    async def _say_goodbye(self) -> None:
+        leave = m.Leave(
+            client_id=self._client_id, session=self._session, run_id=self._run_id or "", reason="it was asked to stop"
+        )
+        with contextlib.suppress(BrokerError):
+            await self._bus.publish(CONTROL, "", encode(leave), expires_s=self._lease_s, timeout_s=3)
+
+    # ---- inbox ---------------------------------------------------------------------------------------------------
+
+    async def _receive(self, consumer: Consumer) -> None:
+        async for delivery in consumer:
+            try:
+                message = decode(delivery.body)
+            except DecodeError as exc:
+                self._tell(o.MessageRejected(queue=inbox(self._client_id), reason=str(exc)))
+                await consumer.reject(delivery, requeue=False)
+                continue
+            if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
+                self._pending.append(_Pending(task=message, delivery=delivery))
+                self._work.set()
+                continue
+            self._take(message)
+            await consumer.ack(delivery)
+
+    def _take(self, message: m.Message) -> None:
+        match message:
+            case m.Welcome():
+                self._heartbeat_s, self._lease_s = message.heartbeat_s, message.lease_s
+                if message.run_id != self._run_id:
+                    self._run_id = message.run_id
+                    self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
+                self._welcomed.set()
+                self._work.set()
+            case m.Receipt() if message.run_id == self._run_id:
+                self._tell(
+                    o.ReceiptArrived(client_id=self._client_id, round=message.round, staleness=message.staleness)
+                )
+            case m.Refusal():
+                self._tell(o.RefusalArrived(client_id=self._client_id, reason=message.reason))
+            case m.RunEnded() if message.run_id == self._run_id:
+                self._result = message
+                self._context.cancel()
+                self._over.set()
+            case _:
+                pass  # words of a run that is over
+
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    async def _answer_tasks(self) -> None:
+        await self._welcomed.wait()  # only then is it clear which run a task in the inbox belongs to
+        while True:
+            pending = await self._next_task()
+            if pending.task.run_id == self._run_id:
+                await self._answer(pending.task)
+            assert self._inbox is not None
+            await self._inbox.ack(pending.delivery)
+
+    async def _next_task(self) -> _Pending:
+        while not self._pending:
+            self._work.clear()
+            await self._work.wait()
+        pending = min(self._pending, key=lambda item: _PRIORITY[type(item.task)])
+        self._pending.remove(pending)
+        return pending
+
+    async def _answer(self, task: m.Task) -> None:
+        kind = type(task).__name__.removesuffix("Task").lower()
+        round_ = getattr(task, "round", 0)
+        started_at = time.monotonic()
+        self._tell(o.TaskStarted(client_id=self._client_id, kind=kind, round=round_))
+        self._context._reset()
+        if self._over.is_set():
+            self._context.cancel()
+        try:
+            match task:
+                case m.ParametersTask():
+                    await self._send_parameters(task)
+                case m.FitTask():
+                    await self._fit(task)
+                case m.EvaluateTask():
+                    await self._evaluate(task)
+        except (ClientCodeError, ConfigError, BrokerError) as exc:
+            if isinstance(exc, BrokerClosed):
+                raise
+            self._tell(o.TaskErred(client_id=self._client_id, kind=kind, round=round_, reason=str(exc)))
+            await self._report_failure(task, str(exc))
+        else:
+            seconds = time.monotonic() - started_at
+            self._tell(o.TaskCompleted(client_id=self._client_id, kind=kind, round=round_, seconds=seconds))
+
+    async def _report_failure(self, task: m.Task, reason: str) -> None:
+        failed = m.TaskFailed(client_id=self._client_id, task_id=task.task_id, run_id=task.run_id, reason=reason[:1000])
+        await self._bus.publish(CONTROL, "", encode(failed))
+
+    async def _in_thread(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Call the user's code. Raises `ClientCodeError` for whatever it raises."""
+        try:
+            return await self._thread.call(function, *args)
+        except ClientCodeError:
+            raise
+        except Exception as exc:
+            _LOGGER.debug("%s failed", what, exc_info=exc)
+            reason = " ".join(f"{type(exc).__name__}: {exc}".split())
+            raise ClientCodeError(f"{what} raised {reason[:500]}") from exc
+
+    async def _user_client(self) -> Client:
+        if self._client is None:
+            made = await self._in_thread("client_fn", self._app.client_fn, self._context)
+            self._client = as_client(made)
+        return self._client
+
+    async def _send_parameters(self, task: m.ParametersTask) -> None:
+        client = await self._user_client()
+        parameters: Tensors = await self._in_thread("get_parameters", client.get_parameters)
+        await self._upload(task, version=0, tensors=parameters, num_examples=0, metrics={})
+
+    async def _fit(self, task: m.FitTask) -> None:
+        client = await self._user_client()
+        model = await self._reader.read(task.run_id, task.version, task.offset)
+
+        def fit_and_subtract() -> tuple[dict[str, Array], int, Metrics]:
+            result = check_fit_result(client.fit(model, dict(task.config)))
+            return update_delta(model, result.parameters), result.num_examples, result.metrics
+
+        delta, num_examples, metrics = await self._in_thread("fit", fit_and_subtract)
+        await self._upload(task, version=task.version, tensors=delta, num_examples=num_examples, metrics=metrics)
+
+    async def _evaluate(self, task: m.EvaluateTask) -> None:
+        client = await self._user_client()
+        model = await self._reader.read(task.run_id, task.version, task.offset)
+        result = check_evaluate_result(await self._in_thread("evaluate", client.evaluate, model, dict(task.config)))
+        report = m.EvaluateReport(
+            client_id=self._client_id,
+            task_id=task.task_id,
+            run_id=task.run_id,
+            loss=result.loss,
+            num_examples=result.num_examples,
+            metrics=result.metrics,
+        )
+        await self._bus.publish(CONTROL, "", encode(report))
+
+    async def _upload(
+        self, task: m.Task, *, version: int, tensors: Tensors, num_examples: int, metrics: Metrics
+    ) -> None:
+        schema, payload = await asyncio.to_thread(pack, tensors)
+        first, *rest = cut(payload)
+        head = m.Update(
+            client_id=self._client_id,
+            task_id=task.task_id,
+            run_id=task.run_id,
+            transfer=uuid.uuid4().hex,
+            version=version,
+            num_examples=num_examples,
+            metrics=metrics,
+            schema=schema,
+            part_bytes=PART_BYTES,
+            crc32=crc32(first),
+            payload=first,
+        )
+        slots = asyncio.Semaphore(_PARTS_AT_ONCE)
+
+        async def send_part(index: int, part: memoryview) -> None:
+            async with slots:
+                message = m.Part(transfer=head.transfer, index=index, crc32=crc32(part), payload=part)
+                await self._bus.publish(UPDATES, "", encode(message))
+
+        await self._bus.publish(UPDATES, "", encode(head))
+        await asyncio.gather(*(send_part(index, part) for index, part in enumerate(rest, 1)))
