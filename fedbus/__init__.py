@@ -1,1 +1,54 @@
-"""fedbus: federated learning whose server and clients meet only on a message broker."""
+"""fedbus: federated learning whose server and clients meet only on a message broker.
+
+The names below are loaded when they are first used, so that `import fedbus` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedbus.api import join as join
+    from fedbus.api import serve as serve
+    from fedbus.api import start_client as start_client
+    from fedbus.api import start_server as start_server
+    from fedbus.app import App as App
+    from fedbus.config import RoundConfig as RoundConfig
+    from fedbus.errors import FedbusError as FedbusError
+    from fedbus.server.history import History as History
+    from fedbus.strategies.base import ClientUpdate as ClientUpdate
+    from fedbus.strategies.base import Strategy as Strategy
+    from fedbus.strategies.fedavg import FedAvg as FedAvg
+    from fedbus.training.base import Client as Client
+    from fedbus.training.base import ClientContext as ClientContext
+    from fedbus.training.base import NumPyClient as NumPyClient
+    from fedbus.types import EvaluateResult as EvaluateResult
+    from fedbus.types import FitResult as FitResult
+
+_HOMES = {
+    "App": "app",
+    "Client": "training.base",
+    "ClientContext": "training.base",
+    "ClientUpdate": "strategies.base",
+    "EvaluateResult": "types",
+    "FedAvg": "strategies.fedavg",
+    "FedbusError": "errors",
+    "FitResult": "types",
+    "History": "server.history",
+    "NumPyClient": "training.base",
+    "RoundConfig": "config",
+    "Strategy": "strategies.base",
+    "join": "api",
+    "serve": "api",
+    "start_client": "api",
+    "start_server": "api",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedbus' has no attribute {name!r}")
+    return getattr(import_module(f"fedbus.{_HOMES[name]}"), name)
