@@ -79,7 +79,7 @@ def _mapped(doing: str) -> Iterator[None]:
         raise PublishUnconfirmed(f"{doing}: the broker refused the message (a full queue?)") from exc
     except TimeoutError as exc:
         raise PublishUnconfirmed(f"{doing}: no word of the broker in time; it may have happened or not") from exc
-    except (amqp.AMQPError, amqp.ChannelInvalidStateError, OSError) as exc:
+    except (amqp.AMQPError, RuntimeError, OSError) as exc:  # RuntimeError: used after its end
         raise BrokerClosed(f"{doing}: the connection to the broker ended: {_reason(exc)}") from exc
     except asyncio.CancelledError as exc:
         task = asyncio.current_task()

@@ -1,0 +1,380 @@
+"""One suite for every `Bus`: what fedbus relies on holds for RabbitMQ and for its in-memory twin alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import TypeAlias
+
+import pytest
+
+from fedbus.bus.base import Bus, Consumer, Delivery
+from fedbus.bus.memory import MemoryBroker
+from fedbus.bus.rabbitmq import connect
+from fedbus.bus.topology import Binding, Exchange, Queue, QueueKind, Topology, client_inbox, ingress, model_stream
+from fedbus.errors import BrokerClosed, QueueBusy, QueueMismatch, QueueMissing, Unroutable
+
+Connect: TypeAlias = Callable[[], Awaitable[Bus]]
+
+
+@pytest.fixture(params=["memory", pytest.param("rabbitmq", marks=pytest.mark.broker)])
+async def open_bus(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
+    """Opens one more connection to the broker under test; all are closed at the end."""
+    async with AsyncExitStack() as stack:
+        if request.param == "memory":
+            broker = MemoryBroker()
+
+            async def open_one() -> Bus:
+                return await stack.enter_async_context(broker.connect())
+        else:
+            url = request.getfixturevalue("node").url
+
+            async def open_one() -> Bus:
+                return await stack.enter_async_context(await connect(url))
+
+        yield open_one
+
+
+@pytest.fixture
+async def bus(open_bus: Connect) -> Bus:
+    return await open_bus()
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name that no other test uses: the broker is shared."""
+    return iter([f"test.{uuid.uuid4().hex[:8]}"])
+
+
+@pytest.fixture
+async def queue(bus: Bus, name: Iterator[str]) -> AsyncIterator[str]:
+    """A classic queue with an exchange of the same name in front."""
+    its_name = next(name)
+    await declare(bus, its_name)
+    yield its_name
+    await bus.delete_queue(its_name)
+
+
+async def declare(bus: Bus, name: str, **settings: object) -> None:
+    await bus.declare(
+        Topology(
+            exchanges=(Exchange(name=name, kind="fanout"),),
+            queues=(Queue(name=name, **settings),),  # type: ignore[arg-type]
+            bindings=(Binding(exchange=name, queue=name),),
+        )
+    )
+
+
+async def take(consumer: Consumer, count: int) -> list[Delivery]:
+    async with asyncio.timeout(10):
+        return [await consumer.receive() for _ in range(count)]
+
+
+async def nothing_comes(consumer: Consumer) -> bool:
+    try:
+        async with asyncio.timeout(0.15):
+            await consumer.receive()
+    except TimeoutError:
+        return True
+    return False
+
+
+async def test_messages_come_in_the_order_of_publishing(bus: Bus, queue: str) -> None:
+    bodies = [bytes([i]) * i for i in range(20)]
+    for body in bodies:
+        await bus.publish(queue, "", body)
+    async with bus.consume(queue, prefetch=0) as consumer:
+        deliveries = await take(consumer, 20)
+        assert [delivery.body for delivery in deliveries] == bodies
+        assert not any(delivery.redelivered for delivery in deliveries)
+        assert {delivery.offset for delivery in deliveries} == {None}
+
+
+async def test_publishes_started_in_order_arrive_in_order(bus: Bus, queue: str) -> None:
+    await asyncio.gather(*(bus.publish(queue, "", str(i).encode()) for i in range(50)))
+    async with bus.consume(queue, prefetch=0) as consumer:
+        assert [int(delivery.body) for delivery in await take(consumer, 50)] == list(range(50))
+
+
+async def test_a_memoryview_travels_as_its_bytes(bus: Bus, queue: str) -> None:
+    body = bytes(range(256)) * 4096  # more than one frame
+    await bus.publish(queue, "", memoryview(body)[1:])
+    async with bus.consume(queue, prefetch=1) as consumer:
+        (delivery,) = await take(consumer, 1)
+        assert delivery.body == body[1:]
+
+
+async def test_the_sender_is_known_by_its_broker_user(bus: Bus, queue: str) -> None:
+    await bus.publish(queue, "", b"x")
+    async with bus.consume(queue, prefetch=1) as consumer:
+        (delivery,) = await take(consumer, 1)
+        assert delivery.user_id in ("guest", "fedbus")
+
+
+async def test_prefetch_bounds_what_is_unsettled(bus: Bus, queue: str) -> None:
+    for i in range(5):
+        await bus.publish(queue, "", bytes([i]))
+    async with bus.consume(queue, prefetch=2) as consumer:
+        first, _ = await take(consumer, 2)
+        assert await nothing_comes(consumer)
+        await consumer.ack(first)
+        (third,) = await take(consumer, 1)
+        assert third.body == b"\x02"
+        assert await nothing_comes(consumer)
+
+
+async def test_what_is_not_settled_goes_back_in_its_old_place(open_bus: Connect, queue: str) -> None:
+    bus = await open_bus()
+    for i in range(4):
+        await bus.publish(queue, "", bytes([i]))
+    other = await open_bus()
+    async with other.consume(queue, prefetch=3) as consumer:
+        deliveries = await take(consumer, 3)
+        await consumer.ack(deliveries[1])
+    async with bus.consume(queue, prefetch=0) as consumer:
+        again = await take(consumer, 3)
+        assert [(delivery.body, delivery.redelivered) for delivery in again] == [
+            (b"\x00", True),
+            (b"\x02", True),
+            (b"\x03", True),  # the acknowledgement had made room for it
+        ]
+        assert await nothing_comes(consumer)
+
+
+async def test_a_closed_connection_gives_back_what_it_held(open_bus: Connect, queue: str) -> None:
+    bus, dying = await open_bus(), await open_bus()
+    await bus.publish(queue, "", b"x")
+    async with AsyncExitStack() as stack:
+        consumer = await stack.enter_async_context(dying.consume(queue, prefetch=1))
+        await take(consumer, 1)
+        await dying.close()
+        with pytest.raises(BrokerClosed):
+            await consumer.receive()
+    async with bus.consume(queue, prefetch=1) as consumer:
+        (delivery,) = await take(consumer, 1)
+        assert delivery.redelivered
+
+
+async def test_an_acknowledged_message_never_comes_again(open_bus: Connect, queue: str) -> None:
+    bus, other = await open_bus(), await open_bus()
+    await bus.publish(queue, "", b"x")
+    async with other.consume(queue, prefetch=1) as consumer:
+        (delivery,) = await take(consumer, 1)
+        await consumer.ack(delivery)
+    async with bus.consume(queue, prefetch=1) as consumer:
+        assert await nothing_comes(consumer)
+
+
+async def test_a_rejected_message_comes_again_when_requeued(bus: Bus, queue: str) -> None:
+    await bus.publish(queue, "", b"x")
+    async with bus.consume(queue, prefetch=1) as consumer:
+        (delivery,) = await take(consumer, 1)
+        await consumer.reject(delivery, requeue=True)
+        (again,) = await take(consumer, 1)
+        assert (again.body, again.redelivered) == (b"x", True)
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_a_message_rejected_for_good_goes_to_the_dead_letters(
+    bus: Bus, name: Iterator[str], kind: QueueKind
+) -> None:
+    queue = next(name)
+    dead = f"{queue}.dead"
+    await declare(bus, dead)
+    await declare(bus, queue, kind=kind, dead_letter_exchange=dead)
+    await bus.publish(queue, "", b"x")
+    async with bus.consume(queue, prefetch=1) as consumer, bus.consume(dead, prefetch=1) as dead_letters:
+        (delivery,) = await take(consumer, 1)
+        await consumer.reject(delivery, requeue=False)
+        (letter,) = await take(dead_letters, 1)
+        assert letter.body == b"x"
+        assert await nothing_comes(consumer)
+    for each in (queue, dead):
+        await bus.delete_queue(each)
+
+
+async def test_a_delivery_limit_ends_in_the_dead_letters(bus: Bus, name: Iterator[str]) -> None:
+    queue = next(name)
+    dead = f"{queue}.dead"
+    await declare(bus, dead)
+    await declare(bus, queue, kind="quorum", dead_letter_exchange=dead, delivery_limit=2)
+    await bus.publish(queue, "", b"x")
+    async with bus.consume(queue, prefetch=1) as consumer, bus.consume(dead, prefetch=1) as dead_letters:
+        for _ in range(3):
+            (delivery,) = await take(consumer, 1)
+            await consumer.reject(delivery, requeue=True)
+        (letter,) = await take(dead_letters, 1)
+        assert letter.body == b"x"
+    for each in (queue, dead):
+        await bus.delete_queue(each)
+
+
+async def test_a_mandatory_message_that_no_queue_takes_comes_back(bus: Bus, name: Iterator[str]) -> None:
+    exchange = next(name)
+    await bus.declare(Topology(exchanges=(Exchange(name=exchange, kind="direct"),)))
+    with pytest.raises(Unroutable):
+        await bus.publish(exchange, "nobody", b"x")
+    await bus.publish(exchange, "nobody", b"x", mandatory=False)
+
+
+async def test_a_direct_exchange_goes_by_the_routing_key(bus: Bus, name: Iterator[str]) -> None:
+    exchange = next(name)
+    a, b = f"{exchange}.a", f"{exchange}.b"
+    await bus.declare(
+        Topology(
+            exchanges=(Exchange(name=exchange, kind="direct"),),
+            queues=(Queue(name=a), Queue(name=b)),
+            bindings=(
+                Binding(exchange=exchange, queue=a, routing_key="a"),
+                Binding(exchange=exchange, queue=b, routing_key="b"),
+            ),
+        )
+    )
+    await bus.publish(exchange, "b", b"x")
+    async with bus.consume(a, prefetch=1) as at_a, bus.consume(b, prefetch=1) as at_b:
+        (delivery,) = await take(at_b, 1)
+        assert (delivery.body, delivery.routing_key) == (b"x", "b")
+        assert await nothing_comes(at_a)
+    for each in (a, b):
+        await bus.delete_queue(each)
+
+
+async def test_an_expired_message_is_not_delivered(bus: Bus, queue: str) -> None:
+    await bus.publish(queue, "", b"old", expires_s=0.001)
+    await bus.publish(queue, "", b"young", expires_s=60)
+    await asyncio.to_thread(time.sleep, 0.002)  # its time to live, on the broker's own clock
+    async with bus.consume(queue, prefetch=0) as consumer:
+        (delivery,) = await take(consumer, 1)
+        assert delivery.body == b"young"
+        assert await nothing_comes(consumer)
+
+
+async def test_several_consumers_share_a_queue(open_bus: Connect, queue: str) -> None:
+    bus = await open_bus()
+    async with bus.consume(queue, prefetch=1) as one, bus.consume(queue, prefetch=1) as two:
+        await bus.publish(queue, "", b"1")
+        await bus.publish(queue, "", b"2")
+        assert {(await take(one, 1))[0].body, (await take(two, 1))[0].body} == {b"1", b"2"}
+
+
+async def test_an_exclusive_consumer_is_alone(open_bus: Connect, queue: str) -> None:
+    bus, other = await open_bus(), await open_bus()
+    async with bus.consume(queue, prefetch=1, exclusive=True):
+        with pytest.raises(QueueBusy):
+            async with other.consume(queue, prefetch=1):
+                pass
+    async with other.consume(queue, prefetch=1, exclusive=True) as consumer:
+        await bus.publish(queue, "", b"x")
+        await take(consumer, 1)
+
+
+async def test_consuming_what_is_not_there_is_an_error_that_harms_nothing_else(bus: Bus, queue: str) -> None:
+    with pytest.raises(QueueMissing):
+        async with bus.consume("test.no.such.queue", prefetch=1):
+            pass
+    with pytest.raises(QueueMissing):
+        await bus.publish("test.no.such.exchange", "", b"x")
+    await bus.publish(queue, "", b"x")
+    async with bus.consume(queue, prefetch=1) as consumer:
+        await take(consumer, 1)
+
+
+async def test_a_deleted_queue_ends_its_consumers(bus: Bus, name: Iterator[str]) -> None:
+    queue = next(name)
+    await declare(bus, queue)
+    async with bus.consume(queue, prefetch=1) as consumer:
+        await bus.delete_queue(queue)
+        with pytest.raises(QueueMissing):
+            await take(consumer, 1)
+    await bus.delete_queue(queue)  # not there any more: nothing happens
+
+
+async def test_declaring_again_is_nothing_and_declaring_otherwise_an_error(bus: Bus, queue: str) -> None:
+    await declare(bus, queue)
+    with pytest.raises(QueueMismatch):
+        await declare(bus, queue, kind="quorum")
+    await bus.publish(queue, "", b"x")
+
+
+async def test_the_topology_of_a_federation_is_accepted(bus: Bus, name: Iterator[str]) -> None:
+    client_id = next(name)
+    for topology in (ingress(), client_inbox(client_id), model_stream(1000)):
+        await bus.declare(topology)
+        await bus.declare(topology)
+    for queue in client_inbox(client_id).queues:
+        await bus.delete_queue(queue.name)
+
+
+async def test_closed_returns_when_we_close(open_bus: Connect) -> None:
+    bus = await open_bus()
+    waiting = asyncio.create_task(bus.closed())
+    await asyncio.sleep(0)
+    await bus.close()
+    async with asyncio.timeout(10):
+        await waiting
+    with pytest.raises(BrokerClosed):
+        await bus.publish("test", "", b"x")
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def stream(bus: Bus, name: Iterator[str]) -> AsyncIterator[str]:
+    its_name = next(name)
+    await declare(bus, its_name, kind="stream", max_bytes=1 << 26, segment_bytes=1 << 20)
+    yield its_name
+    await bus.delete_queue(its_name)
+
+
+async def publish_numbers(bus: Bus, stream: str, count: int) -> None:
+    for i in range(count):
+        await bus.publish(stream, "", str(i).encode())
+
+
+async def read(bus: Bus, stream: str, offset: object, count: int) -> list[tuple[int | None, int]]:
+    async with bus.consume(stream, prefetch=2, offset=offset) as consumer:  # type: ignore[arg-type]
+        found = []
+        for _ in range(count):
+            (delivery,) = await take(consumer, 1)
+            await consumer.ack(delivery)
+            found.append((delivery.offset, int(delivery.body)))
+        return found
+
+
+async def test_a_stream_is_read_from_any_offset_and_by_many(open_bus: Connect, stream: str) -> None:
+    bus, other = await open_bus(), await open_bus()
+    await publish_numbers(bus, stream, 6)
+    assert await read(bus, stream, "first", 6) == [(i, i) for i in range(6)]
+    assert await read(other, stream, 4, 2) == [(4, 4), (5, 5)]
+    assert await read(other, stream, 4, 2) == [(4, 4), (5, 5)]
+
+
+async def test_the_last_of_a_stream_is_exactly_the_last_message(bus: Bus, stream: str) -> None:
+    await publish_numbers(bus, stream, 5)
+    assert await read(bus, stream, "last", 1) == [(4, 4)]
+
+
+async def test_a_stream_waits_for_what_is_to_come(open_bus: Connect, stream: str) -> None:
+    bus, other = await open_bus(), await open_bus()
+    await publish_numbers(bus, stream, 2)
+    async with other.consume(stream, prefetch=2, offset="next") as consumer:
+        assert await nothing_comes(consumer)
+        await bus.publish(stream, "", b"2")
+        (delivery,) = await take(consumer, 1)
+        assert (delivery.offset, delivery.body) == (2, b"2")
+
+
+def test_the_twin_forgets_the_old_end_of_a_stream_and_clamps_the_offset() -> None:
+    async def story() -> None:
+        bus = MemoryBroker().connect()
+        await declare(bus, "s", kind="stream", max_bytes=30)
+        for i in range(10):
+            await bus.publish("s", "", bytes([i]) * 10)
+        async with bus.consume("s", prefetch=3, offset=0) as consumer:
+            assert [delivery.offset for delivery in await take(consumer, 3)] == [7, 8, 9]
+
+    asyncio.run(story())
