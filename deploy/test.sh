@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set everything up (RabbitMQ, .venv, the package) and run the tests: deploy/test.sh [arguments of pytest]
+set -euo pipefail
+
+# shellcheck source=deploy/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+fedbus_setup dev
+cd "$FEDBUS_ROOT"
+exec "$FEDBUS_VENV/bin/python" -m pytest "$@"
