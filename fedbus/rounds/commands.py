@@ -18,7 +18,7 @@ class Outcome(Enum):
     DUPLICATE = "duplicate"
     """The same update is folded already: acknowledge, say nothing."""
     RELEASED = "released"
-    """Folded into a round that will not be committed: give it back to the broker."""
+    """Not taken into any round that is durable: leave it unacknowledged, so that the broker keeps it."""
 
 
 class CloseReason(Enum):

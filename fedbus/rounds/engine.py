@@ -342,6 +342,9 @@ class Engine:
     # ---- updates -------------------------------------------------------------------------------------------------
 
     def _received(self, event: e.UpdateReceived) -> None:
+        if self._is_given_up():
+            self._settle(event, Outcome.RELEASED)
+            return
         if event.task_id == self._task_id("parameters", 0, event.client_id):
             self._adopt(event)
             return
@@ -414,7 +417,14 @@ class Engine:
         if not self._is_enough(self._round):
             self._grow_cohort()
 
+    def _is_given_up(self) -> bool:
+        """The run was stopped before its last round: what comes now is for whoever takes it up again."""
+        return self._phase in (Phase.DRAINING, Phase.ENDED) and self._committed_rounds < self._config.num_rounds
+
     def _invalid(self, event: e.UpdateInvalid) -> None:
+        if self._is_given_up():
+            self._settle(event, Outcome.RELEASED)
+            return
         if event.task_id == self._task_id("parameters", 0, event.client_id):
             self._settle(event, Outcome.REFUSED, event.reason)
             self._parameters_failed(event.task_id, event.reason)
@@ -543,11 +553,11 @@ class Engine:
             )
         )
 
-    def _committed(self, event: e.RoundCommitted) -> None:
+    def _committed(self, commit: e.RoundCommitted) -> None:
         round_ = self._round
         assert round_ is not None, "a commit that was not asked for"
-        assert (self._phase, round_.number) == (Phase.CLOSING, event.round), "a commit that was not asked for"
-        self._version = event.version
+        assert (self._phase, round_.number) == (Phase.CLOSING, commit.round), "a commit that was not asked for"
+        self._version = commit.version
         self._committed_rounds += 1
         self._round = None
         for folded in round_.folded:
@@ -555,10 +565,10 @@ class Engine:
         is_last = round_.number >= self._config.num_rounds
         self._phase = Phase.DRAINING if is_last or self._stop is not None else Phase.WAITING
         if self._phase is Phase.DRAINING:
-            for held in self._held:
-                self._tasks[held.task_id].state = TaskState.FAILED
-                self._settle(held, Outcome.REFUSED, "the run has no further round")
-            self._held = []
+            held, self._held = self._held, []
+            for event in held:
+                self._tasks[event.task_id].state = TaskState.WORKING
+                self._received(event)
         if round_.folded and self._stop is None:
             self._open_evaluation(round_.number)
 

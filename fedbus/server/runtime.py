@@ -19,7 +19,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -118,6 +118,11 @@ class Server:
     def history(self) -> History:
         """What has happened so far."""
         return self._history
+
+    @property
+    def model(self) -> Mapping[str, Array] | None:
+        """The current global model, read-only; None before there is one."""
+        return self._model
 
     def request_stop(self, reason: str) -> None:
         """End the run early: a commit that is under way is finished, an open round is given up."""
@@ -402,11 +407,10 @@ class Server:
         """Acknowledge only now: the effect is durable, or there will be none."""
         assert self._updates is not None
         update = self._staging.take_out(command.delivery)
+        if command.outcome is Outcome.RELEASED:
+            return  # the end of our subscription gives it back; a reject would hand it to us once more
         for delivery in update.deliveries:
-            if command.outcome is Outcome.RELEASED:
-                await self._updates.reject(delivery, requeue=True)
-            else:
-                await self._updates.ack(delivery)
+            await self._updates.ack(delivery)
         if command.outcome is Outcome.COMMITTED:
             receipt = m.Receipt(
                 task_id=command.task_id, run_id=self._run_id, round=command.round, staleness=command.staleness

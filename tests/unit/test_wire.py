@@ -88,7 +88,7 @@ def test_decoding_copies_nothing_and_the_views_cannot_be_written() -> None:
 
 
 def test_tensors_begin_on_aligned_offsets_and_padding_carries_no_old_memory() -> None:
-    tensors = {"a": np.ones(3, np.uint8), "b": np.ones(2, np.float64)}
+    tensors: dict[str, Array] = {"a": np.ones(3, np.uint8), "b": np.ones(2, np.float64)}
     schema, payload = pack(tensors)
     assert payload_bytes(schema) == ALIGN + 16
     assert bytes(payload[3:ALIGN]) == bytes(ALIGN - 3)

@@ -1,0 +1,99 @@
+"""The house: which room may import what. Read with ast, so that nothing needs to be imported."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedbus
+
+PACKAGE = Path(fedbus.__file__).parent
+LEAVES = {"fedbus.errors", "fedbus.types", "fedbus.config"}
+ROOMS_OF_LEAVES = ("wire", "bus", "rounds", "strategies")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that `source` imports, wherever in it the import stands."""
+    for found in ast.walk(ast.parse(source)):
+        if isinstance(found, ast.Import):
+            yield from (alias.name for alias in found.names)
+        elif isinstance(found, ast.ImportFrom):
+            assert found.level == 0, "imports are absolute here"
+            yield found.module or ""
+            yield from (f"{found.module}.{alias.name}" for alias in found.names)
+
+
+def is_under(module: str, roof: str) -> bool:
+    return module == roof or module.startswith(f"{roof}.")
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What `path` (relative to the package) imports and must not."""
+    room = path.split("/")[0].removesuffix(".py")
+    return [module for module in imports(source) if not is_allowed(path, room, module)]
+
+
+def is_allowed(path: str, room: str, module: str) -> bool:
+    top = module.split(".")[0]
+    if top == "aiormq":
+        return path == "bus/rabbitmq.py"
+    if top == "torch":
+        return path == "training/torch.py" or room == "examples"
+    is_ours = top == "fedbus"
+    if f"fedbus.{room}" in LEAVES:
+        return not is_ours or any(is_under(module, leaf) for leaf in LEAVES)
+    if room == "rounds" and not is_ours:
+        return top in sys.stdlib_module_names and top != "asyncio"
+    if room == "rounds" and is_under(module, "fedbus.types"):
+        return False  # it knows numpy
+    if room in ROOMS_OF_LEAVES and is_ours:
+        return is_under(module, f"fedbus.{room}") or any(is_under(module, leaf) for leaf in LEAVES)
+    if room in ("server", "client"):
+        return not any(is_under(module, f"fedbus.{above}") for above in ("cli", "simulation", "api"))
+    return True
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_room_may(file: Path) -> None:
+    assert violations(file.relative_to(PACKAGE).as_posix(), file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("rounds/engine.py", "import asyncio"),
+        ("rounds/engine.py", "def f():\n    import numpy as np"),
+        ("rounds/cohort.py", "from fedbus.types import Tensors"),
+        ("rounds/cohort.py", "from fedbus.wire import codec"),
+        ("bus/memory.py", "import aiormq"),
+        ("server/runtime.py", "from aiormq.exceptions import AMQPError"),
+        ("training/base.py", "import torch"),
+        ("server/runtime.py", "from torch import nn"),
+        ("wire/codec.py", "from fedbus.bus import base"),
+        ("bus/base.py", "from fedbus import rounds"),
+        ("strategies/fedavg.py", "import fedbus.server.runtime"),
+        ("errors.py", "from fedbus.wire.codec import decode"),
+        ("client/runtime.py", "from fedbus.cli.main import app"),
+    ],
+)
+def test_the_rule_catches(path: str, source: str) -> None:
+    assert violations(path, source)
+
+
+def test_the_rule_lets_the_designed_homes_be() -> None:
+    assert not violations("bus/rabbitmq.py", "import aiormq")
+    assert not violations("training/torch.py", "import torch")
+    assert not violations("examples/digits.py", "from torch import nn")
+    assert not violations("rounds/engine.py", "import math\nfrom fedbus.config import RoundConfig")
+
+
+def test_importing_fedbus_is_cheap() -> None:
+    """The keeper, the shell's completion and `fedbus --help` must not pay for torch."""
+    import subprocess
+
+    code = "import sys, fedbus.cli.main; print(sorted({'torch', 'sklearn', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
