@@ -12,6 +12,7 @@ from pathlib import Path
 from fedbus.app import App
 from fedbus.bus.rabbitmq import connect, redacted
 from fedbus.client.runtime import ClientRuntime
+from fedbus.config import check_client_id
 from fedbus.errors import RunFailed
 from fedbus.observe import events as o
 from fedbus.server.history import History
@@ -56,6 +57,7 @@ async def join(
         BrokerError: when the broker cannot be reached, refuses us, or goes away; `QueueBusy` for a taken id.
         RunFailed: when the server ended the run early.
     """
+    check_client_id(client_id)
     async with await connect(broker, name=f"fedbus client {client_id}") as bus:
         _tell(observers, o.ConnectedToBroker(broker=redacted(broker), role="client"))
         client = ClientRuntime(

@@ -117,13 +117,14 @@ async def _connect(url: str, name: str) -> aiormq.Connection:
             await connection.connect()
     except (amqp.ProbableAuthenticationError, amqp.AuthenticationError) as exc:
         raise BrokerDenied(f"the broker at {where} refuses the user or the password: check the broker URL") from exc
-    except (amqp.ConnectionNotAllowed, amqp.ConnectionClosed) as exc:
-        vhost = unquote(urlsplit(url).path.lstrip("/")) or "/"
-        raise BrokerDenied(
-            f"the broker at {where} refuses the vhost {vhost!r}: check the end of the broker URL, or create the "
-            f"vhost and give the user rights in it ({_reason(exc)})"
-        ) from exc
     except (TimeoutError, amqp.AMQPError, OSError) as exc:
+        # aiormq drops the broker's reason when Connection.Open is answered by Connection.Close.
+        if isinstance(exc, amqp.ConnectionClosed | amqp.InvalidFrameError) and "OpenOk" in str(exc):
+            vhost = unquote(urlsplit(url).path.removeprefix("/")) or "/"
+            raise BrokerDenied(
+                f"the broker at {where} refuses the vhost {vhost!r}: check the end of the broker URL, create the "
+                "vhost, or give the user rights in it (its limit of connections may be reached, too)"
+            ) from exc
         reason = "no answer in time" if isinstance(exc, TimeoutError) else _reason(exc)
         raise BrokerUnreachable(
             f"no broker answers at {where}: {reason}. Start one with 'fedbus broker start', or check the broker URL"

@@ -299,13 +299,14 @@ class Engine:
             self._out += tasks
 
     def _new_tasks(self, round_: _Round) -> list[c.SendFitTask]:
-        places = self._cohort_size() - (len(round_.cohort) - len(round_.lost) - len(round_.failed))
-        chosen = sample(self._seed, round_.number, "fit", self._eligible(round_), places)
+        chosen = sample(self._seed, round_.number, "fit", self._eligible(round_), self._places(round_))
         return [self._new_task(round_, client_id) for client_id in chosen]
 
-    def _cohort_size(self) -> int:
+    def _places(self, round_: _Round) -> int:
+        """How many more clients the round would take."""
         share = math.ceil(self._config.fraction_fit * len(self._members) - 1e-9)
-        return max(self._config.min_fit_clients, share)
+        size = max(self._config.min_fit_clients, share)
+        return size - (len(round_.cohort) - len(round_.lost) - len(round_.failed))
 
     def _eligible(self, round_: _Round) -> list[str]:
         """Members that are idle and have not been asked in this round: nobody gets a backlog of tasks."""
@@ -508,15 +509,16 @@ class Engine:
             if not round_.is_in_grace:  # a fold within the grace must not prolong it
                 round_.is_in_grace = True
                 round_.closes_at = min(round_.closes_at, self._now + self._config.grace_s)
-        elif not working and (round_.folded or (round_.failed and not self._stragglers())):
+        elif not working and (round_.folded or round_.failed) and not self._awaits_stragglers(round_):
             self._close(round_, CloseReason.COHORT_DONE, working)
             return
         if self._now >= round_.closes_at:
             reason = CloseReason.MIN_FIT_CLIENTS if self._is_enough(round_) else CloseReason.TIMEOUT
             self._close(round_, reason, working)
 
-    def _stragglers(self) -> bool:
-        return any(member.fit_task is not None for member in self._members)
+    def _awaits_stragglers(self, round_: _Round) -> bool:
+        """A living client that still trains for an earlier round will bring its update, and take a free place."""
+        return self._places(round_) > 0 and any(member.fit_task is not None for member in self._members)
 
     def _close(self, round_: _Round, reason: CloseReason, working: list[str]) -> None:
         self._phase = Phase.CLOSING

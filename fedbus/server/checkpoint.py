@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 from pathlib import Path
 
 import ml_dtypes
@@ -28,9 +30,9 @@ class RunFolder:
             raise ConfigError(f"the run folder {path} cannot be written: {exc.strerror or exc}") from exc
 
     def save_model(self, model: Tensors, *, run_id: str, version: int) -> None:
-        """Write model.safetensors; its metadata tells run and version."""
+        """Write model.safetensors; its metadata tells run, version and the order of the tensors."""
         tensors = {name: np.ascontiguousarray(_native(value)).reshape(value.shape) for name, value in model.items()}
-        metadata = {"run_id": run_id, "version": str(version)}
+        metadata = {"run_id": run_id, "version": str(version), "order": json.dumps(list(model))}
         try:
             data = save(tensors, metadata)
         except (SafetensorError, KeyError, TypeError, ValueError) as exc:
@@ -43,16 +45,25 @@ class RunFolder:
 
 
 def load_model(path: Path) -> dict[str, Array]:
-    """The tensors in a model.safetensors, bfloat16 too. Raises `ConfigError` when it is none."""
+    """The tensors in a model.safetensors, bfloat16 too, in the model's order. Raises `ConfigError` when it is none."""
     try:
-        entries = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        data = path.read_bytes()
+        entries = deserialize(data)  # type: ignore[no-untyped-call]
     except OSError as exc:
         raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     except SafetensorError as exc:
         raise ConfigError(f"{path} is not a safetensors file: {exc}") from exc
-    return {
+    tensors = {
         name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"]) for name, entry in entries
     }
+    return {name: tensors[name] for name in _order(data) or tensors}
+
+
+def _order(data: bytes) -> list[str]:
+    """safetensors sorts the tensors; clients that speak lists need the model's own order back."""
+    (size,) = struct.unpack_from("<Q", data)
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return list(json.loads(metadata.get("order", "[]")))
 
 
 _DTYPES = {

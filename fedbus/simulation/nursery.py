@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -79,6 +80,8 @@ class _Nursery:
         except FedbusError as exc:
             _say(failed=str(exc))
             return
+        if "torch" in sys.modules:
+            importlib.import_module("fedbus.training.torch").warm_up()
         gc.freeze()  # what is imported stays shared between the clients: their collectors leave it alone
         _say(loaded=time.monotonic() - started_at)
 

@@ -19,6 +19,7 @@ from fedbus.app import App
 from fedbus.bus.node import PrivateNode
 from fedbus.errors import AppError, RunFailed
 from fedbus.observe import events as o
+from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import History
 
 _STOP_PATIENCE_S = 10.0
@@ -172,6 +173,7 @@ async def run_federation(
     broker and the nursery. `director` may interfere: it is how the demo kills a client and adds another.
     """
     num_partitions = num_partitions or num_clients
+    RunFolder(run_dir)  # before anything is started
     async with (
         client_processes(reference, log_dir=run_dir / "logs") as clients,
         contextlib.AsyncExitStack() as stack,

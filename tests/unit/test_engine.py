@@ -368,6 +368,19 @@ def test_the_polynomial_discount_is_the_papers() -> None:
     assert polynomial(7, 0) == 1
 
 
+def test_a_round_that_has_too_few_updates_waits_for_a_straggler_that_may_still_join_it() -> None:
+    story = Story(min_fit_clients=3)
+    story.join(*"abcd")
+    for client in "abc":
+        story.update(client, 1)
+    story.commit()
+    story.update("a", 2)
+    story.happens(e.TaskFailed(client_id="b", task_id="run/fit/2/b", reason="boom"))
+    assert not all_of(story.update("c", 2), c.Commit)  # two of three, but d is on its way
+    commit = one(story.update("d", 1), c.Commit)
+    assert [folded.staleness for folded in commit.folded] == [0, 0, 1]
+
+
 # ---- settling --------------------------------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def test_tensors_longer_than_a_block_zero_d_and_empty_ones_are_averaged_whole() 
     size = 2 * _BLOCK + 17
     model: dict[str, Array] = {
         "long": np.zeros(size, np.float32),
-        "scalar": np.float32(1).reshape(()),
+        "scalar": np.array(1, np.float32),
         "empty": np.zeros((0, 3)),
     }
     trained: dict[str, Array] = {
