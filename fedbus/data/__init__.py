@@ -1,0 +1,1 @@
+"""Datasets for examples and tests, and ways to share one out among clients."""

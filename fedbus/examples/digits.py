@@ -1,0 +1,165 @@
+"""Handwritten digits on a small CNN: the application of the demo, written as a Flower user would write it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from fedbus.app import App
+from fedbus.config import RoundConfig
+from fedbus.data.partitioners import Indices, dirichlet
+from fedbus.data.sources import Dataset, digits
+from fedbus.training.base import ClientContext, NumPyClient
+from fedbus.training.torch import get_parameters, set_parameters  # before torch: it says what to install
+from fedbus.types import Array, Scalar
+
+# isort: split
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ALPHA = 0.5
+TEST_FRACTION = 0.2
+SPLIT_SEED = 0
+LOCAL_EPOCHS = 8
+LEARNING_RATE = 0.01
+BATCH_SIZE = 8
+MOMENTUM = 0.9
+
+
+def make_model(seed: int = 0) -> nn.Module:
+    """Return the CNN for [n, 1, 8, 8] images, its weights a function of `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *_block(1, 16),
+            *_block(16, 32),
+            nn.MaxPool2d(2),
+            *_block(32, 32),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, 10),
+        )
+
+
+class DigitsClient(NumPyClient):
+    """Trains the CNN on one partition of the digits.
+
+    Reads from the fit config: "local_epochs", "lr", "batch_size", and "seed" and "round" for the order of
+    the batches, so that a task done twice gives the same update.
+    """
+
+    def __init__(self, context: ClientContext, dataset: Dataset) -> None:
+        self.context = context
+        self.x = _images(dataset)
+        self.y = torch.from_numpy(dataset.y)
+        self.model = make_model()
+
+    def get_parameters(self, config: dict[str, Scalar]) -> list[Array]:
+        """Return the arrays of the local model."""
+        return list(get_parameters(self.model).values())
+
+    def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[list[Array], int, dict[str, Scalar]]:
+        """Train with SGD for some local epochs; the metric is the mean loss of the last one."""
+        set_parameters(self.model, parameters)
+        optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=float(config.get("lr", LEARNING_RATE)), momentum=MOMENTUM
+        )
+        batch_size = int(config.get("batch_size", BATCH_SIZE))
+        rng = _task_rng(config, self.context.partition)
+        loss = float("nan")
+        for _ in range(int(config.get("local_epochs", LOCAL_EPOCHS))):
+            if self.context.cancelled:
+                break
+            loss = self._epoch(optimizer, torch.from_numpy(rng.permutation(len(self.y))), batch_size)
+        return self.get_parameters({}), len(self.y), {"train_loss": loss}
+
+    def evaluate(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[float, int, dict[str, Scalar]]:
+        """Measure loss and accuracy on the client's own partition."""
+        set_parameters(self.model, parameters)
+        loss, accuracy = _evaluate(self.model, self.x, self.y)
+        return loss, len(self.y), {"accuracy": accuracy}
+
+    def _epoch(self, optimizer: torch.optim.Optimizer, order: torch.Tensor, batch_size: int) -> float:
+        total = 0.0
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(self.x[batch]), self.y[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            total += loss.item() * len(batch)
+        return total / len(order)
+
+
+def client_fn(context: ClientContext) -> NumPyClient:
+    """Return the client of `context.partition`, one of `context.num_partitions` Dirichlet(0.5) partitions."""
+    torch.set_num_threads(1)  # many clients share one machine's cores
+    train, _ = _split()
+    return DigitsClient(context, train.take(_partitions(context.num_partitions)[context.partition]))
+
+
+def initial_parameters() -> dict[str, Array]:
+    """Return version 0 of the global model."""
+    return get_parameters(make_model())
+
+
+def evaluate_fn(round: int, model: dict[str, Array]) -> tuple[float, dict[str, Scalar]]:
+    """Measure the global model on the 20 % of the digits that no client has."""
+    network = make_model()
+    set_parameters(network, model)
+    _, test = _split()
+    loss, accuracy = _evaluate(network, _images(test), torch.from_numpy(test.y))
+    return loss, {"accuracy": accuracy}
+
+
+def _block(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
+    # GroupNorm, not batch norm, whose running statistics do not average over unlike clients (Hsieh et al. 2020).
+    return (
+        nn.Conv2d(channels_in, channels_out, 3, padding=1),
+        nn.GroupNorm(4, channels_out),
+        nn.ReLU(),
+    )
+
+
+def _images(dataset: Dataset) -> torch.Tensor:
+    # Roughly zero mean and unit variance; constants, for the data's own statistics are nobody's to know.
+    return torch.from_numpy((dataset.x - 0.3) * 2.5)
+
+
+@cache
+def _split() -> tuple[Dataset, Dataset]:
+    return digits().split(TEST_FRACTION, SPLIT_SEED)
+
+
+@cache
+def _partitions(num_partitions: int) -> list[Indices]:
+    train, _ = _split()
+    return dirichlet(train.y, num_partitions, ALPHA, SPLIT_SEED)
+
+
+def _evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    with torch.no_grad():
+        logits = model(x)
+    accuracy = (logits.argmax(1) == y).double().mean().item()
+    return F.cross_entropy(logits, y).item(), accuracy
+
+
+def _task_rng(config: dict[str, Scalar], partition: int) -> np.random.Generator:
+    return np.random.default_rng([int(config.get("seed", 0)), int(config.get("round", 0)), partition])
+
+
+app = App(
+    client_fn=client_fn,
+    initial_parameters=initial_parameters,
+    evaluate_fn=evaluate_fn,
+    rounds=RoundConfig(num_rounds=10, min_fit_clients=3),
+)
+"""For any number of clients from three up."""
+
+demo_app = replace(
+    app,
+    rounds=RoundConfig(num_rounds=10, min_fit_clients=8, min_available_clients=10, heartbeat_s=0.5, lease_s=2.0),
+)
+"""What `fedbus demo` runs: ten clients, of which eight make a round."""
