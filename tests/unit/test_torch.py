@@ -231,7 +231,8 @@ class TestDigits:
         assert all(not array.any() for array in delta.values())
 
     def test_partitions_and_test_set_are_disjoint_and_complete(self) -> None:
-        sizes = [len(client(partition)[1].y) for partition in range(11)]
+        clients = [client(partition)[1] for partition in range(11)]
+        sizes = [len(each.y) + len(each.test_y) for each in clients]
         train, test = digits._split()
         assert sum(sizes) == len(train)
         assert len(train) + len(test) == 1797
