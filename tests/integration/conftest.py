@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from fedbus.bus.node import PrivateNode, find_rabbitmq
-from fedbus.errors import BrokerMissing
-
-
-@pytest.fixture(scope="session")
-def rabbitmq_installed() -> None:
-    """Skip where RabbitMQ is missing, except under CI, where a silent skip would hide everything."""
-    try:
-        find_rabbitmq()
-    except BrokerMissing as missing:
-        if os.environ.get("CI"):
-            pytest.fail(str(missing))
-        pytest.skip(str(missing))
+from fedbus.bus.node import PrivateNode
 
 
 @pytest.fixture(scope="session")
