@@ -58,6 +58,7 @@ class _Round:
     opened_at: float
     closes_at: float
     cohort: dict[str, str] = field(default_factory=dict)  # client_id -> task_id
+    working: set[str] = field(default_factory=set)  # those of the cohort that are neither done nor gone
     folded: list[c.Folded] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # client_id -> reason
@@ -235,6 +236,7 @@ class Engine:
         task.state = TaskState.LOST
         if self._round is not None and self._phase is Phase.OPEN and member.client_id in self._round.cohort:
             self._round.lost.append(member.client_id)
+            self._round.working.discard(member.client_id)
             self._grow_cohort()
 
     # ---- the initial model ---------------------------------------------------------------------------------------
@@ -299,7 +301,10 @@ class Engine:
             self._out += tasks
 
     def _new_tasks(self, round_: _Round) -> list[c.SendFitTask]:
-        chosen = sample(self._seed, round_.number, "fit", self._eligible(round_), self._places(round_))
+        places = self._places(round_)
+        if places <= 0:  # the usual case, once per update: no look at every member
+            return []
+        chosen = sample(self._seed, round_.number, "fit", self._eligible(round_), places)
         return [self._new_task(round_, client_id) for client_id in chosen]
 
     def _places(self, round_: _Round) -> int:
@@ -316,6 +321,7 @@ class Engine:
         task_id = self._task_id("fit", round_.number, client_id)
         self._tasks[task_id] = _Task(client_id, round_.number, round_.version)
         round_.cohort[client_id] = task_id
+        round_.working.add(client_id)
         member = self._members.get(client_id)
         assert member is not None
         member.fit_task = task_id
@@ -385,6 +391,8 @@ class Engine:
     def _fold_or_refuse(self, event: e.UpdateReceived, task: _Task) -> None:
         assert self._round is not None
         self._idle(event)
+        if self._round.cohort.get(event.client_id) == event.task_id:
+            self._round.working.discard(event.client_id)
         staleness = self._version - task.version
         if staleness > self._config.max_staleness:
             task.state = TaskState.FAILED
@@ -484,6 +492,7 @@ class Engine:
         if self._round.cohort.get(task.client_id) == task_id:
             if was_lost:
                 self._round.lost.remove(task.client_id)
+            self._round.working.discard(task.client_id)
             self._round.failed[task.client_id] = reason
         self._grow_cohort()
 
@@ -492,35 +501,30 @@ class Engine:
     def _is_enough(self, round_: _Round) -> bool:
         return len(round_.folded) >= self._config.min_fit_clients
 
-    def _working(self, round_: _Round) -> list[str]:
-        return [client for client, task in round_.cohort.items() if self._tasks[task].state is TaskState.WORKING]
-
     def _close_if_due(self) -> None:
         round_ = self._round
         assert round_ is not None
         if self._stop is not None:
             self._abandon(round_)
             return
-        working = self._working(round_)
         if self._is_enough(round_):
-            if not working or self._config.grace_s == 0:
-                self._close(round_, CloseReason.MIN_FIT_CLIENTS, working)
+            if not round_.working or self._config.grace_s == 0:
+                self._close(round_, CloseReason.MIN_FIT_CLIENTS)
                 return
             if not round_.is_in_grace:  # a fold within the grace must not prolong it
                 round_.is_in_grace = True
                 round_.closes_at = min(round_.closes_at, self._now + self._config.grace_s)
-        elif not working and (round_.folded or round_.failed) and not self._awaits_stragglers(round_):
-            self._close(round_, CloseReason.COHORT_DONE, working)
+        elif not round_.working and (round_.folded or round_.failed) and not self._awaits_stragglers(round_):
+            self._close(round_, CloseReason.COHORT_DONE)
             return
         if self._now >= round_.closes_at:
-            reason = CloseReason.MIN_FIT_CLIENTS if self._is_enough(round_) else CloseReason.TIMEOUT
-            self._close(round_, reason, working)
+            self._close(round_, CloseReason.MIN_FIT_CLIENTS if self._is_enough(round_) else CloseReason.TIMEOUT)
 
     def _awaits_stragglers(self, round_: _Round) -> bool:
         """A living client that still trains for an earlier round will bring its update, and take a free place."""
         return self._places(round_) > 0 and any(member.fit_task is not None for member in self._members)
 
-    def _close(self, round_: _Round, reason: CloseReason, working: list[str]) -> None:
+    def _close(self, round_: _Round, reason: CloseReason) -> None:
         self._phase = Phase.CLOSING
         self._out.append(
             c.Commit(
@@ -529,7 +533,7 @@ class Engine:
                 reason=reason,
                 cohort=tuple(round_.cohort),
                 folded=tuple(round_.folded),
-                unfinished=tuple(working),
+                unfinished=tuple(client for client in round_.cohort if client in round_.working),
                 lost=tuple(round_.lost),
                 failed=dict(round_.failed),
                 opened_at=round_.opened_at,

@@ -384,11 +384,11 @@ async def test_a_hostile_update_is_refused_with_a_reason_before_it_costs_anythin
         assert refused.reason.startswith(reason)
         gate.open()
         if "c9" in refused.task_id and run_id in refused.task_id and refused.client_id == "c9":
-            with pytest.raises(RunFailed):  # it had one task and spent it
+            with pytest.raises(RunFailed):  # it had one task and spent it; its honest update stays with the broker
                 await serving
         else:
             assert (await serving).updates == 1  # the true owner's update still counts
-        assert story.broker.depth(UPDATES) == 0
+            assert story.broker.depth(UPDATES) == 0
 
 
 async def test_garbage_on_the_queues_is_set_aside_and_the_run_goes_on() -> None:
