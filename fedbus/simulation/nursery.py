@@ -1,6 +1,7 @@
 """A process that imports an app once and forks its clients, so that ten clients cost one import of torch.
 
-It reads one JSON command per line from stdin and answers with JSON lines on stdout:
+It reads one JSON command per line from stdin and answers with JSON lines on what was its stdout (what an app prints
+while it is imported goes to stderr):
 
     {"load": {"app": REFERENCE}}                              -> {"loaded": seconds} | {"failed": reason}
     {"spawn": {"client_id", "partition", "num_partitions", "broker", "log"}}  -> {"spawned": client_id, "pid": pid}
@@ -17,6 +18,7 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import random
 import select
@@ -43,7 +45,9 @@ def main() -> None:
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    nursery = _Nursery(wake=(wake_read, wake_write), alive=os.pipe())
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    nursery = _Nursery(answers=answers, wake=(wake_read, wake_write), alive=os.pipe())
     buffer = b""
     while True:
         ready, _, _ = select.select([0, wake_read], [], [])
@@ -61,7 +65,8 @@ def main() -> None:
 
 
 class _Nursery:
-    def __init__(self, *, wake: tuple[int, int], alive: tuple[int, int]) -> None:
+    def __init__(self, *, answers: int, wake: tuple[int, int], alive: tuple[int, int]) -> None:
+        self._answers = answers
         self._wake = wake
         self._alive_read, self._alive_write = alive
         self._app: App | None = None
@@ -78,19 +83,19 @@ class _Nursery:
         try:
             self._app = load_app(reference)
         except FedbusError as exc:
-            _say(failed=str(exc))
+            self._say(failed=str(exc))
             return
         if "torch" in sys.modules:
             importlib.import_module("fedbus.training.torch").warm_up()
         gc.freeze()  # what is imported stays shared between the clients: their collectors leave it alone
-        _say(loaded=time.monotonic() - started_at)
+        self._say(loaded=time.monotonic() - started_at)
 
     def _spawn(self, **client: Any) -> None:
         pid = os.fork()
         if pid == 0:
             self._become_client(client)
         self._clients[pid] = client["client_id"]
-        _say(spawned=client["client_id"], pid=pid)
+        self._say(spawned=client["client_id"], pid=pid)
 
     def _become_client(self, client: dict[str, Any]) -> None:
         code = 1
@@ -99,7 +104,7 @@ class _Nursery:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to pass on
-            for fd in (*self._wake, self._alive_write):
+            for fd in (*self._wake, self._alive_write, self._answers):
                 os.close(fd)
             _redirect(Path(client["log"]))
             _reseed()
@@ -120,7 +125,11 @@ class _Nursery:
                 return
             client_id = self._clients.pop(pid, None)
             if client_id is not None:
-                _say(exited=client_id, code=os.waitstatus_to_exitcode(status))
+                self._say(exited=client_id, code=os.waitstatus_to_exitcode(status))
+
+    def _say(self, **words: object) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone: stdin ends next
+            os.write(self._answers, json.dumps(words).encode() + b"\n")
 
     def end(self) -> None:
         """SIGTERM to whoever is left, SIGKILL to whoever stays."""
@@ -134,11 +143,6 @@ class _Nursery:
     def _signal_all(self, number: signal.Signals) -> None:
         for pid in self._clients:
             os.kill(pid, number)
-
-
-def _say(**words: object) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the parent is gone: stdin ends next
-        os.write(1, json.dumps(words).encode() + b"\n")
 
 
 def _redirect(log: Path) -> None:
@@ -162,7 +166,7 @@ def _reseed() -> None:
 
 
 def _run_client(app: App, client: dict[str, Any], alive: int) -> int:
-    set_up(sys.stderr, as_json=False)
+    set_up(sys.stderr, as_json=False, level=logging.DEBUG)  # a file: room for the user's tracebacks
 
     async def run() -> None:
         asyncio.get_running_loop().add_reader(alive, os._exit, 1)  # readable means closed: the nursery is gone

@@ -251,6 +251,8 @@ ODD_CLIENTS = """
 import numpy as np
 import fedbus as fb
 
+print("imported")  # must not disturb anything
+
 class Odd(fb.NumPyClient):
     def __init__(self, context):
         self.kind = context.partition
@@ -289,6 +291,8 @@ def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(shell:
     assert load_model(shell.folder / "out" / "model.safetensors")["0"].tolist() == [2, 2, 2]
     log = (shell.folder / "out" / "logs" / "client-05.log").read_text()
     assert "the server refused the update: tensor '0' holds NaN" in log
+    raised = (shell.folder / "out" / "logs" / "client-02.log").read_text()
+    assert 'raise RuntimeError("the disk is full")' in raised  # the whole traceback, in the client's own log
     assert "client-02 failed to fit: fit raised RuntimeError: the disk is full" in done.stdout
 
 
