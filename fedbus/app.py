@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TypeAlias
 
 from fedbus.config import RoundConfig
-from fedbus.errors import AppError, ConfigError
+from fedbus.errors import AppError, ConfigError, one_line
 from fedbus.strategies.base import Strategy
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.training.base import Client, ClientContext, NumPyClient
@@ -139,5 +139,5 @@ def _import_module(name: str) -> ModuleType:
 def _import_failed(name: str, exc: BaseException) -> AppError:
     frames = traceback.extract_tb(exc.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    reason = " ".join(str(exc).split()) or "no reason given"
+    reason = one_line(str(exc)) or "no reason given"
     return AppError(f"{name} cannot be imported: {type(exc).__name__}: {reason}{where}")

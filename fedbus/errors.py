@@ -105,6 +105,12 @@ class RunFailed(FedbusError):
     """The run ended without doing its work."""
 
 
+def one_line(text: str, most_chars: int = 500) -> str:
+    """`text` as it may stand in a log or on a screen: no line breaks, no control characters, not too long."""
+    flat = " ".join(text.split())
+    return "".join(char if char.isprintable() else "?" for char in flat[:most_chars])
+
+
 def leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """What to report of several failures at once: the broker's end comes first, it explains the others."""
     leaves: list[BaseException] = []

@@ -11,14 +11,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
 from fedbus.bus.topology import Topology
+from fedbus.errors import QueueBusy
 
 Body: TypeAlias = bytes | bytearray | memoryview
 Offset: TypeAlias = int | Literal["first", "last", "next"]
@@ -63,6 +66,23 @@ class Consumer(ABC):
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         while True:
             yield await self.receive()
+
+
+async def consume_alone(
+    bus: Bus, stack: AsyncExitStack, queue: str, *, prefetch: int, patience_s: float = 5.0
+) -> Consumer:
+    """Subscribe exclusively, until `stack` closes.
+
+    A predecessor that was killed may hold the queue for a moment longer: raises `QueueBusy` only after `patience_s`.
+    """
+    give_up_at = time.monotonic() + patience_s
+    while True:
+        try:
+            return await stack.enter_async_context(bus.consume(queue, prefetch=prefetch, exclusive=True))
+        except QueueBusy:
+            if time.monotonic() > give_up_at:
+                raise
+        await asyncio.sleep(0.2)
 
 
 class Bus(ABC):

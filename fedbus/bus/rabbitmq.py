@@ -36,6 +36,7 @@ from fedbus.errors import (
 _HEARTBEAT_S: Final = 20
 _CONNECT_TIMEOUT_S: Final = 15.0
 _PERSISTENT: Final = 2
+_BLOCKED_POLL_S: Final = 5.0
 
 
 def redacted(url: str) -> str:
@@ -178,8 +179,8 @@ class RabbitMQBus(Bus):
             expiration=None if expires_s is None else str(max(1, round(expires_s * 1000))),
         )
         with _mapped(f"publishing to {exchange}"):
+            await self._until_unblocked()
             async with asyncio.timeout(timeout_s):
-                await self._publishing.ready()  # an alarm on the broker: wait, do not fail
                 channel = await self._open_publish_channel()
                 await channel.basic_publish(
                     body,  # type: ignore[arg-type]  # annotated bytes; a flat memoryview serves as well
@@ -188,6 +189,14 @@ class RabbitMQBus(Bus):
                     properties=properties,
                     mandatory=mandatory,
                 )
+
+    async def _until_unblocked(self) -> None:
+        """An alarm on the broker (memory, disk) blocks publishers: wait, do not fail."""
+        while not self._publishing.is_closed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_BLOCKED_POLL_S):  # ready() does not notice the connection's end
+                    return await self._publishing.ready()
+        raise BrokerClosed("the connection to the broker ended")
 
     async def _open_publish_channel(self) -> AbstractChannel:
         """One channel for all publishes, made anew after an error (a missing exchange) has closed it."""

@@ -15,6 +15,7 @@ from fedbus.cli.screen import result, screen
 from fedbus.errors import UsageError
 from fedbus.observe import events as o
 from fedbus.observe.curves import save_curves
+from fedbus.server.history import plain
 from fedbus.simulation.processes import ClientProcesses, Director, client_names, new_run_dir, run_federation
 
 _REFERENCE = "fedbus.examples.digits:demo_app"
@@ -52,7 +53,7 @@ def demo(broker: Broker = None, as_json: Json = False, log_json: LogJson = False
     central = history.central
     accuracy = central.metrics.get("accuracy") if central else None
     if as_json:
-        typer.echo(json.dumps({**result(history, run_dir), "test_accuracy": accuracy}))
+        typer.echo(json.dumps(plain({**result(history, run_dir), "test_accuracy": accuracy})))
         return
     lost, late = director.killed, director.newcomer
     typer.echo(f"{lost} was killed in round {_KILL_IN_ROUND}; {late} joined in round {director.joined_in_round}.")

@@ -27,7 +27,7 @@ from fedbus.cli.options import (
     log_level,
 )
 from fedbus.cli.screen import report, screen
-from fedbus.errors import FedbusError, UsageError
+from fedbus.errors import FedbusError, UsageError, one_line
 from fedbus.observe.logs import log_event, set_up
 from fedbus.simulation.processes import new_run_dir, run_federation
 
@@ -164,7 +164,7 @@ def _fail(message: str, exc: BaseException, code: int) -> NoReturn:
     if is_debug():
         traceback.print_exception(exc)
     sys.stdout.flush()
-    sys.stderr.write(f"fedbus: {' '.join(message.split())}\n")
+    sys.stderr.write(f"fedbus: {one_line(message, 2000)}\n")
     sys.exit(code)
 
 

@@ -16,7 +16,7 @@ from fedbus.cli.options import log_level
 from fedbus.observe import events as o
 from fedbus.observe.logs import log_event, number, set_up
 from fedbus.observe.progress import LiveProgress
-from fedbus.server.history import History
+from fedbus.server.history import History, plain
 
 
 @dataclass
@@ -68,7 +68,7 @@ def result(history: History, run_dir: Path | None) -> dict[str, object]:
 def report(history: History, run_dir: Path | None, *, as_json: bool) -> None:
     """Tell the result of a run, for people or as one JSON line."""
     if as_json:
-        typer.echo(json.dumps(result(history, run_dir), default=str))
+        typer.echo(json.dumps(plain(result(history, run_dir))))
         return
     evaluation = history.central or history.federated
     figures = ""

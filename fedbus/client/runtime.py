@@ -18,11 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedbus.app import App
-from fedbus.bus.base import Bus, Consumer, Delivery
+from fedbus.bus.base import Bus, Consumer, Delivery, consume_alone
 from fedbus.bus.topology import CONTROL, UPDATES, client_inbox, inbox, ingress
 from fedbus.client.reader import ModelReader
 from fedbus.config import check_client_id
-from fedbus.errors import BrokerClosed, BrokerError, ClientCodeError, ConfigError, DecodeError, QueueBusy, leaf
+from fedbus.errors import (
+    BrokerClosed,
+    BrokerError,
+    ClientCodeError,
+    ConfigError,
+    DecodeError,
+    PublishUnconfirmed,
+    QueueBusy,
+    leaf,
+    one_line,
+)
 from fedbus.observe import events as o
 from fedbus.training.base import Client, ClientContext, as_client, check_evaluate_result, check_fit_result
 from fedbus.training.delta import update_delta
@@ -37,7 +47,6 @@ _LOGGER = logging.getLogger("fedbus.client")
 
 _JOIN_EVERY_S = (0.5, 5.0)
 _PARTS_AT_ONCE = 16
-_BUSY_PATIENCE_S = 5.0
 _PRIORITY = {m.ParametersTask: 0, m.FitTask: 1, m.EvaluateTask: 2}
 """Training first: an evaluation must not hold a round up."""
 
@@ -127,19 +136,12 @@ class ClientRuntime:
                     task.cancel()
 
     async def _open_inbox(self, stack: contextlib.AsyncExitStack) -> Consumer:
-        """The inbox, for this process alone. A predecessor that was killed may hold it for a moment longer."""
-        give_up_at = time.monotonic() + _BUSY_PATIENCE_S
-        while True:
-            try:
-                return await stack.enter_async_context(
-                    self._bus.consume(inbox(self._client_id), prefetch=1000, exclusive=True)
-                )
-            except QueueBusy:
-                if time.monotonic() > give_up_at:
-                    raise QueueBusy(
-                        f"a client named {self._client_id} is connected already: each needs an id of its own"
-                    ) from None
-                await asyncio.sleep(0.2)
+        try:
+            return await consume_alone(self._bus, stack, inbox(self._client_id), prefetch=1000)
+        except QueueBusy:
+            raise QueueBusy(
+                f"a client named {self._client_id} is connected already: each needs an id of its own"
+            ) from None
 
     def _tell(self, event: object) -> None:
         for observe in self._observers:
@@ -152,7 +154,8 @@ class ClientRuntime:
         join = m.Join(client_id=self._client_id, session=self._session)
         awaited = False
         while not self._welcomed.is_set():
-            await self._bus.publish(CONTROL, "", encode(join), expires_s=2 * pause_s)
+            with contextlib.suppress(PublishUnconfirmed):
+                await self._bus.publish(CONTROL, "", encode(join), expires_s=2 * pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s * random.uniform(0.8, 1.2)):
                     await self._welcomed.wait()
@@ -163,7 +166,8 @@ class ClientRuntime:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             heartbeat = m.Heartbeat(client_id=self._client_id, session=self._session, run_id=self._run_id or "")
-            await self._bus.publish(CONTROL, "", encode(heartbeat), expires_s=self._lease_s)
+            with contextlib.suppress(PublishUnconfirmed):  # the next one says the same
+                await self._bus.publish(CONTROL, "", encode(heartbeat), expires_s=self._lease_s)
 
     async def _say_goodbye(self) -> None:
         leave = m.Leave(
@@ -267,8 +271,7 @@ class ClientRuntime:
             raise
         except Exception as exc:
             _LOGGER.debug("%s failed", what, exc_info=exc)
-            reason = " ".join(f"{type(exc).__name__}: {exc}".split())
-            raise ClientCodeError(f"{what} raised {reason[:500]}") from exc
+            raise ClientCodeError(f"{what} raised {one_line(f'{type(exc).__name__}: {exc}')}") from exc
 
     async def _user_client(self) -> Client:
         if self._client is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,12 +74,19 @@ class History:
         return sum(len(record.folded) for record in self.rounds)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, default=_plain) + "\n"
+        return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: object) -> object:
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinity become null, bytes become hex, numpy scalars their values."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     if isinstance(value, bytes):
         return value.hex()
-    if isinstance(value, Mapping):
-        return dict(value)
-    return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -25,17 +25,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedbus.app import App
-from fedbus.bus.base import Bus, Consumer, Delivery
+from fedbus.bus.base import Bus, Consumer, Delivery, consume_alone
 from fedbus.bus.topology import CONTROL, TASKS, UPDATES, ingress
 from fedbus.config import check_client_id
 from fedbus.errors import (
     ClientCodeError,
     ConfigError,
     DecodeError,
+    QueueBusy,
     RunFailed,
     Unroutable,
     UpdateRefused,
     leaf,
+    one_line,
 )
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
@@ -164,20 +166,31 @@ class Server:
                 start_clients=rounds.start_clients,
             )
         )
-        async with (
-            self._bus.consume(CONTROL, prefetch=_CONTROL_PREFETCH) as control,
+        async with contextlib.AsyncExitStack() as stack:
+            control = await self._open_control(stack)
             # No bound: the parts of all updates that a round needs stay unacknowledged until its commit.
-            self._bus.consume(UPDATES, prefetch=0) as self._updates,
-            asyncio.TaskGroup() as group,
-        ):
+            self._updates = await stack.enter_async_context(self._bus.consume(UPDATES, prefetch=0))
+            await self._work(self._engine, model, control, self._updates)
+
+    async def _open_control(self, stack: contextlib.AsyncExitStack) -> Consumer:
+        """Two servers on one queue would each see half of what the clients say."""
+        try:
+            return await consume_alone(self._bus, stack, CONTROL, prefetch=_CONTROL_PREFETCH)
+        except QueueBusy:
+            raise QueueBusy(
+                "another server runs on this broker: stop it first, or give each run a vhost of its own"
+            ) from None
+
+    async def _work(self, engine: Engine, model: dict[str, Array] | None, control: Consumer, updates: Consumer) -> None:
+        async with asyncio.TaskGroup() as group:
             work: list[Coroutine[Any, Any, None]] = [
                 self._bus.closed(),
                 self._receive_control(control),
-                self._receive_updates(self._updates, self._engine),
+                self._receive_updates(updates, engine),
                 self._send(group),
                 self._aggregate(),
                 self._evaluate(),
-                self._drive(self._engine),
+                self._drive(engine),
             ]
             tasks = [group.create_task(coroutine) for coroutine in work]
             if model is not None:
@@ -223,9 +236,13 @@ class Server:
                     return e.ClientJoined(client_id=client_id, session=message.session)
                 return e.ClientHeard(client_id=client_id, session=message.session)
             case m.Leave():
-                return e.ClientLeft(client_id=message.client_id, session=message.session, reason=message.reason[:200])
+                return e.ClientLeft(
+                    client_id=message.client_id, session=message.session, reason=one_line(message.reason, 200)
+                )
             case m.TaskFailed():
-                return e.TaskFailed(client_id=message.client_id, task_id=message.task_id, reason=message.reason[:500])
+                return e.TaskFailed(
+                    client_id=message.client_id, task_id=message.task_id, reason=one_line(message.reason)
+                )
             case m.EvaluateReport():
                 return self._evaluate_event(message)
             case _:
@@ -247,7 +264,9 @@ class Server:
                 message = decode(delivery.body)
                 if not isinstance(message, m.Update | m.Part):
                     raise DecodeError(f"a {type(message).__name__} does not belong here")
-            except DecodeError as exc:
+                if isinstance(message, m.Update):
+                    check_client_id(message.client_id)  # it is about to be a routing key, and on a screen
+            except (DecodeError, ConfigError) as exc:
                 self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
                 await consumer.reject(delivery, requeue=False)
                 continue
@@ -698,4 +717,4 @@ def _check_same_kind(old: dict[str, Array], new: dict[str, Array]) -> None:
 
 
 def _describe(exc: BaseException) -> str:
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:500]
+    return one_line(f"{type(exc).__name__}: {exc}")

@@ -19,6 +19,9 @@ from fedbus.wire.transfer import Assembly
 MAX_ORPHANS = 256
 """Parts kept whose head has not come yet: the broker keeps the order, but for redeliveries."""
 
+MAX_EXAMPLES = 1 << 40
+"""A weight beyond this is a mistake or an attack; sums of such weights stay exact in float64."""
+
 MAX_INITIAL_BYTES = 64 << 30
 """The largest initial model that a client may send."""
 
@@ -171,6 +174,8 @@ class UpdateCheck:
         """Raise `UpdateRefused` for what can be told before the tensors are here: weight, names, dtypes, shapes."""
         if update.num_examples < 1:
             raise UpdateRefused(f"num_examples is {update.num_examples}: an update needs at least one example")
+        if update.num_examples > MAX_EXAMPLES:
+            raise UpdateRefused(f"num_examples is {update.num_examples}: nobody has more than {MAX_EXAMPLES}")
         for spec in update.schema:
             if spec.name not in self._expected:
                 raise UpdateRefused(f"the model has no tensor {spec.name[:80]!r}")

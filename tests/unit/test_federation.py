@@ -526,3 +526,40 @@ async def test_a_receipt_comes_only_after_the_commit() -> None:
         await story.run("c1")
     kinds = [type(event) for event in story.events]
     assert kinds.index(o.ReceiptArrived) > kinds.index(o.ModelPublished, kinds.index(o.UpdateFolded))
+
+
+async def test_a_second_server_on_the_same_broker_is_turned_away() -> None:
+    gate = Gate()
+    async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        first = story.start_server()
+        story.start_client("c1")
+        await story.until(o.TaskStarted)
+        with pytest.raises(QueueBusy, match="another server runs on this broker"):
+            await story.start_server()
+        gate.open()
+        assert (await first).updates == 1
+
+
+async def test_what_a_client_says_reaches_the_screen_on_one_line_without_control_characters() -> None:
+    class Rude(AddingClient):
+        def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> Any:
+            raise ValueError("red\x1b[31m\n\n\x07 alert")
+
+    async with federation(app_of(Rude, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        with pytest.raises(RunFailed):
+            await story.run("c1")
+        assert story.told(o.FitFailed)[0].reason == "fit raised ValueError: red?[31m ? alert"
+
+
+async def test_a_diverged_run_still_writes_valid_json(tmp_path: Path) -> None:
+    app = app_of(
+        evaluate_fn=lambda round_, model: (float("nan"), {"inf": float("inf"), "np": np.float32(0.5)}),
+        rounds={"num_rounds": 1, "min_fit_clients": 1},
+    )
+    async with federation(app) as story:
+        serving = story.start_server(run_dir=tmp_path)
+        story.start_client("c1")
+        await serving
+    text = (tmp_path / "history.json").read_text()
+    central = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rounds"][0]["central"]
+    assert (central["loss"], central["metrics"]) == (None, {"inf": None, "np": 0.5})
