@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import TypeAlias
 
 from fedbus.config import RoundConfig
-from fedbus.errors import AppError, ConfigError, one_line
+from fedbus.errors import AppError, ConfigError, RunFailed, one_line
 from fedbus.strategies.base import Strategy
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.training.base import Client, ClientContext, NumPyClient
@@ -57,8 +58,11 @@ class App:
             raise ConfigError(f"strategy must be a fedbus Strategy such as FedAvg(), not {self.strategy!r}")
         if not isinstance(self.rounds, RoundConfig):
             raise ConfigError(f"rounds must be a RoundConfig, not {self.rounds!r}")
-        if self.evaluate_fn is not None and not callable(self.evaluate_fn):
-            raise ConfigError(f"evaluate_fn must be a function, not {self.evaluate_fn!r}")
+        _check_takes(self.client_fn, "client_fn", "(context)", 1)
+        if self.evaluate_fn is not None:
+            if not callable(self.evaluate_fn):
+                raise ConfigError(f"evaluate_fn must be a function, not {self.evaluate_fn!r}")
+            _check_takes(self.evaluate_fn, "evaluate_fn", "(round, model)", 2)
 
     def initial_model(self) -> dict[str, Array] | None:
         """The model to begin with; None when a client is to be asked for it."""
@@ -74,13 +78,27 @@ class App:
         return {"round": round, **_config("evaluate_config", self.evaluate_config, round)}
 
 
+def _check_takes(function: Callable[..., object], name: str, arguments: str, count: int) -> None:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        raise ConfigError(f"{name} must take {arguments}: {getattr(function, '__name__', function)} does not") from None
+    except ValueError:
+        pass  # a builtin that does not tell
+
+
 def _config(name: str, config: ConfigFn, round: int) -> Config:
-    value = config(round) if callable(config) else config
+    try:
+        value = config(round) if callable(config) else config
+    except Exception as exc:
+        raise RunFailed(f"{name} raised {one_line(f'{type(exc).__name__}: {exc}')} for round {round}") from exc
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be a mapping or a function that returns one, not {value!r}")
+        raise ConfigError(f"{name} must be a mapping or a function that returns one, not {type(value).__name__}")
     for key, item in value.items():
-        if not isinstance(key, str) or not isinstance(item, bool | int | float | str | bytes):
-            raise ConfigError(f"{name}: {key!r} must be a string with a bool, number, string or bytes behind it")
+        if not isinstance(key, str):
+            raise ConfigError(f"{name}: the key {key!r} is no string")
+        if not isinstance(item, bool | int | float | str | bytes):
+            raise ConfigError(f"{name}: {key!r} is a {type(item).__name__}: use a bool, number, string or bytes")
     return value
 
 
@@ -102,9 +120,15 @@ def load_app(reference: str) -> App:
     return app
 
 
+def check_exists(reference: str) -> None:
+    """Raise `AppError` for a file that is not there, before anything else is started for it."""
+    target = reference.partition(":")[0]
+    if target.endswith(".py") and not Path(target).is_file():
+        raise AppError(f"there is no file {target}: APP is file.py:attr or module:attr")
+
+
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise AppError(f"there is no file {path}: APP is file.py:attr or module:attr")
+    check_exists(str(path))
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # for the imports among the user's own files
@@ -137,7 +161,10 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_failed(name: str, exc: BaseException) -> AppError:
+    ours = str(Path(__file__).parent)
     frames = traceback.extract_tb(exc.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    # The user's own line, where the error was raised by a check of ours.
+    theirs = [frame for frame in frames if not frame.filename.startswith((ours, "<frozen"))] or frames
+    where = f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else ""
     reason = one_line(str(exc)) or "no reason given"
     return AppError(f"{name} cannot be imported: {type(exc).__name__}: {reason}{where}")

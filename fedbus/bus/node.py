@@ -237,6 +237,8 @@ def start_detached(*, name: str = "default", port: int | None = None) -> NodeSta
                 return _start_detached_in(folder, port, lock)
         state = _live_state(folder)
         if state is not None:
+            if port not in (None, state.port):
+                raise NodeError(f"the broker {name!r} runs on port {state.port} already: stop it first")
             return state
         if time.monotonic() > deadline:
             raise NodeError(f"somebody else is starting a node in {folder}, and does not come to an end")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from fedbus.app import App, load_app
-from fedbus.cli.options import Broker, Debug, Json, LogJson
+from fedbus.cli.options import Broker, Debug, Json, LogJson, RunDir, run_async
 from fedbus.cli.screen import result, screen
 from fedbus.errors import UsageError
 from fedbus.observe import events as o
@@ -24,7 +24,13 @@ _KILL_IN_ROUND = 3
 _JOIN_IN_ROUND = 5
 
 
-def demo(broker: Broker = None, as_json: Json = False, log_json: LogJson = False, debug: Debug = False) -> None:
+def demo(
+    broker: Broker = None,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+    log_json: LogJson = False,
+    debug: Debug = False,
+) -> None:
     """Train one model on digits that ten client processes do not share.
 
     Through a private RabbitMQ (or --broker URL). One client is killed in the middle of a round and another one
@@ -33,27 +39,27 @@ def demo(broker: Broker = None, as_json: Json = False, log_json: LogJson = False
     missing = [name for name in ("torch", "sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"the demo needs {', '.join(missing)}: pip install 'fedbus[demo]'")
-    run_dir = new_run_dir()
-    with screen(as_json=as_json, log_json=log_json) as shown:
+    folder = run_dir or new_run_dir()
+    with screen(folder, as_json=as_json, log_json=log_json) as shown:
         shown.announce("starting a private RabbitMQ and ten client processes" if broker is None else "starting clients")
         director = _DemoDirector(shown.announce)
-        history = asyncio.run(
+        history = run_async(
             run_federation(
                 _REFERENCE,
                 _app,
                 num_clients=_CLIENTS,
                 num_partitions=_CLIENTS + 1,
                 broker=broker,
-                run_dir=run_dir,
+                run_dir=folder,
                 observers=shown.observers,
                 director=director,
             )
         )
-        save_curves(history, run_dir / "curves.png")
+        save_curves(history, folder / "curves.png")
     central = history.central
     accuracy = central.metrics.get("accuracy") if central else None
     if as_json:
-        typer.echo(json.dumps(plain({**result(history, run_dir), "test_accuracy": accuracy})))
+        typer.echo(json.dumps(plain({**result(history, folder), "test_accuracy": accuracy})))
         return
     lost, late = director.killed, director.newcomer
     typer.echo(f"{lost} was killed in round {_KILL_IN_ROUND}; {late} joined in round {director.joined_in_round}.")
@@ -61,7 +67,7 @@ def demo(broker: Broker = None, as_json: Json = False, log_json: LogJson = False
         f"test accuracy {accuracy:.4f} after {len(history.rounds)} rounds, {history.updates} updates, "
         f"{history.seconds:.1f} s of training"
     )
-    typer.echo(f"run folder: {run_dir} (history.json, model.safetensors, curves.png, logs/)")
+    typer.echo(f"run folder: {folder} (history.json, model.safetensors, curves.png, logs/)")
 
 
 def _app() -> App:

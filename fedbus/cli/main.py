@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import traceback
 from importlib.metadata import version as installed_version
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from fedbus.api import start_client, start_server
-from fedbus.app import App, load_app
+from fedbus.api import join, serve
+from fedbus.app import App, check_exists, load_app
 from fedbus.cli.broker import broker_app
 from fedbus.cli.demo import demo
 from fedbus.cli.options import (
@@ -22,11 +20,14 @@ from fedbus.cli.options import (
     Debug,
     Json,
     LogJson,
+    RunDir,
     broker_or_detached,
     is_debug,
+    is_json,
     log_level,
+    run_async,
 )
-from fedbus.cli.screen import report, screen
+from fedbus.cli.screen import draw_curves, report, screen
 from fedbus.errors import FedbusError, UsageError, one_line
 from fedbus.observe.logs import log_event, set_up
 from fedbus.simulation.processes import new_run_dir, run_federation
@@ -39,10 +40,6 @@ app = typer.Typer(
 )
 app.add_typer(broker_app)
 app.command()(demo)
-
-_RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Folder for history.json and model.safetensors; default: by the time.")
-]
 
 
 def _show_version(value: bool) -> None:
@@ -63,7 +60,7 @@ def run(
     reference: AppReference,
     clients: Annotated[int, typer.Option("--clients", min=1, max=1000, help="Client processes to start.")] = 2,
     broker: Broker = None,
-    run_dir: _RunDir = None,
+    run_dir: RunDir = None,
     as_json: Json = False,
     log_json: LogJson = False,
     debug: Debug = False,
@@ -71,18 +68,22 @@ def run(
     """Run a whole federation of APP on this machine: a private RabbitMQ, the server, client processes."""
     folder = run_dir or new_run_dir()
 
+    check_exists(reference)
+
     def load() -> App:
         loaded = load_app(reference)
         _check_enough(loaded, clients)
         return loaded
 
-    with screen(as_json=as_json, log_json=log_json) as shown:
-        shown.announce(f"starting {clients} client processes" + (" and a private RabbitMQ" if broker is None else ""))
-        history = asyncio.run(
+    with screen(folder, as_json=as_json, log_json=log_json) as shown:
+        processes = "one client process" if clients == 1 else f"{clients} client processes"
+        shown.announce(f"starting {processes}" + (" and a private RabbitMQ" if broker is None else ""))
+        history = run_async(
             run_federation(
                 reference, load, num_clients=clients, broker=broker, run_dir=folder, observers=shown.observers
             )
         )
+        draw_curves(history, folder)
     report(history, folder, as_json=as_json)
 
 
@@ -98,7 +99,7 @@ def _check_enough(app: App, clients: int) -> None:
 def server(
     reference: AppReference,
     broker: Broker = None,
-    run_dir: _RunDir = None,
+    run_dir: RunDir = None,
     as_json: Json = False,
     log_json: LogJson = False,
     debug: Debug = False,
@@ -110,8 +111,9 @@ def server(
     loaded = load_app(reference)
     url = broker_or_detached(broker)
     folder = run_dir or new_run_dir()
-    with screen(as_json=as_json, log_json=log_json) as shown:
-        history = start_server(loaded, broker=url, run_dir=folder, observers=shown.observers)
+    with screen(folder, as_json=as_json, log_json=log_json) as shown:
+        history = run_async(serve(loaded, broker=url, run_dir=folder, observers=shown.observers))
+        draw_curves(history, folder)
     report(history, folder, as_json=as_json)
 
 
@@ -135,20 +137,22 @@ def client(
     loaded = load_app(reference)
     url = broker_or_detached(broker)
     set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
-    finished = start_client(
-        loaded,
-        broker=url,
-        client_id=client_id,
-        partition=partition,
-        num_partitions=num_partitions,
-        observers=[log_event],
+    finished = run_async(
+        join(
+            loaded,
+            broker=url,
+            client_id=client_id,
+            partition=partition,
+            num_partitions=num_partitions,
+            observers=[log_event],
+        )
     )
     if as_json:
         typer.echo(json.dumps({"client_id": client_id, "finished": finished}))
 
 
 def main() -> NoReturn:
-    """The console script. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    """What the console script runs. Exit codes: 0 done, 1 failed, 2 wrong usage."""
     try:
         app()
     except FedbusError as exc:
@@ -163,6 +167,8 @@ def main() -> NoReturn:
 def _fail(message: str, exc: BaseException, code: int) -> NoReturn:
     if is_debug():
         traceback.print_exception(exc)
+    if is_json():
+        typer.echo(json.dumps({"error": one_line(message, 2000), "exit_code": code}))
     sys.stdout.flush()
     sys.stderr.write(f"fedbus: {one_line(message, 2000)}\n")
     sys.exit(code)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import Annotated
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from fedbus.bus.node import detached_state
-from fedbus.errors import BrokerUnreachable
+from fedbus.errors import BrokerUnreachable, RunFailed
+
+T = TypeVar("T")
 
 
 class _Settings:
     debug = False
+    json = False
 
 
 def is_debug() -> bool:
@@ -20,26 +26,49 @@ def is_debug() -> bool:
     return _Settings.debug
 
 
+def is_json() -> bool:
+    """Whether --json was given."""
+    return _Settings.json
+
+
 def _set_debug(value: bool) -> bool:
     _Settings.debug = _Settings.debug or value
+    return value
+
+
+def _set_json(value: bool) -> bool:
+    _Settings.json = _Settings.json or value
     return value
 
 
 AppReference = Annotated[str, typer.Argument(metavar="APP", help="module:attr or file.py:attr, a fedbus.App.")]
 Broker = Annotated[
     str | None,
-    typer.Option("--broker", envvar="FEDBUS_BROKER", metavar="URL", help="amqp://user:password@host:5672/vhost"),
+    typer.Option("--broker", envvar="FEDBUS_BROKER", metavar="URL", help="amqp://USER:PASSWORD@HOST/VHOST"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+Json = Annotated[bool, typer.Option("--json", callback=_set_json, help="Print one JSON object as the last line.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Write the log as JSON, one event per line, to stderr.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, help="Show details, and the traceback of an error.")
 ]
 
 
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Folder for history.json and model.safetensors; default: by the time.")
+]
+
+
 def log_level() -> int:
     """What --debug means for the log."""
     return logging.DEBUG if _Settings.debug else logging.INFO
+
+
+def run_async(story: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run, with a Ctrl-C that nobody handles as an error like others."""
+    try:
+        return asyncio.run(story)
+    except KeyboardInterrupt as exc:
+        raise RunFailed("interrupted") from exc
 
 
 def broker_or_detached(broker: str | None) -> str:

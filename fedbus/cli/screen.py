@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +14,13 @@ import typer
 from rich.console import Console
 
 from fedbus.cli.options import log_level
+from fedbus.errors import RunFailed, UsageError
 from fedbus.observe import events as o
-from fedbus.observe.logs import log_event, number, set_up
+from fedbus.observe.curves import save_curves
+from fedbus.observe.logs import also_into, log_event, number, set_up
 from fedbus.observe.progress import LiveProgress
-from fedbus.server.history import History, plain
+from fedbus.server.checkpoint import RunFolder
+from fedbus.server.history import Evaluation, History, plain
 
 
 @dataclass
@@ -28,28 +32,49 @@ class Screen:
 
 
 @contextlib.contextmanager
-def screen(*, as_json: bool, log_json: bool) -> Iterator[Screen]:
-    """Show a run. With `as_json` standard output is left to the result."""
+def screen(run_dir: Path, *, as_json: bool, log_json: bool) -> Iterator[Screen]:
+    """Show a run whose folder is `run_dir`, and keep its log there. With `as_json` stdout is left to the result."""
+    is_new = not run_dir.exists()
+    RunFolder(run_dir)  # before anything is started
     console = Console(stderr=as_json)
     if log_json or not console.is_terminal:
         set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
-        yield Screen(observers=[log_event], announce=_say(log_json, to_stderr=as_json))
+        also_into(run_dir / "server.log")
+        with _folder_named(run_dir, is_new=is_new):
+            yield Screen(observers=[log_event], announce=_say(log_json, to_stderr=as_json))
         return
-    with LiveProgress(console) as progress:
-        yield Screen(observers=[progress.observe], announce=progress.board.announce)
+    set_up(None, level=log_level())
+    also_into(run_dir / "server.log")
+    with _folder_named(run_dir, is_new=is_new), LiveProgress(console) as progress:
+        yield Screen(observers=[progress.observe, log_event], announce=progress.board.announce)
+
+
+@contextlib.contextmanager
+def _folder_named(run_dir: Path, *, is_new: bool) -> Iterator[None]:
+    """A run that fails leaves its folder: say where. One that never began leaves none."""
+    try:
+        yield
+    except RunFailed as exc:
+        raise RunFailed(f"{exc} (run folder: {run_dir})") from exc
+    except UsageError:
+        (run_dir / "server.log").unlink(missing_ok=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+        raise
 
 
 def _say(log_json: bool, *, to_stderr: bool) -> Callable[[str], None]:
     def announce(text: str) -> None:
         if log_json:
-            typer.echo(json.dumps({"event": "announcement", "message": text}), err=True)
+            log_event(o.Announcement(text=text))
         else:
             typer.echo(f"--> {text}", err=to_stderr)
 
     return announce
 
 
-def result(history: History, run_dir: Path | None) -> dict[str, object]:
+def result(history: History, run_dir: Path) -> dict[str, object]:
     """What `--json` prints of a finished run."""
     summary: dict[str, object] = {
         "rounds": len(history.rounds),
@@ -61,19 +86,32 @@ def result(history: History, run_dir: Path | None) -> dict[str, object]:
     for where, evaluation in (("central", history.central), ("federated", history.federated)):
         if evaluation is not None:
             summary[where] = {"loss": evaluation.loss, **evaluation.metrics}
-    summary["run_dir"] = None if run_dir is None else str(run_dir)
+    summary["run_dir"] = str(run_dir)
     return summary
 
 
-def report(history: History, run_dir: Path | None, *, as_json: bool) -> None:
+def report(history: History, run_dir: Path, *, as_json: bool) -> None:
     """Tell the result of a run, for people or as one JSON line."""
     if as_json:
         typer.echo(json.dumps(plain(result(history, run_dir))))
         return
-    evaluation = history.central or history.federated
-    figures = ""
-    if evaluation is not None:
+    rounds = len(history.rounds)
+    typer.echo(f"{rounds} round{'s' * (rounds != 1)}, {history.updates} updates in {history.seconds:.1f} s")
+    for round_, evaluation in _last_evaluations(history):
+        by = "central" if evaluation.clients is None else f"by {evaluation.clients} clients"
         metrics = {"loss": evaluation.loss, **evaluation.metrics}
-        figures = ": " + ", ".join(f"{name} {number(value)}" for name, value in metrics.items())
-    rounds = f"{len(history.rounds)} rounds, {history.updates} updates in {history.seconds:.1f} s"
-    typer.echo(f"{rounds}{figures}" + (f"; run folder {run_dir}" if run_dir else ""))
+        figures = ", ".join(f"{name} {number(value)}" for name, value in metrics.items())
+        typer.echo(f"model of round {round_}, {by}: {figures}")
+    typer.echo(f"run folder: {run_dir}")
+
+
+def _last_evaluations(history: History) -> Iterator[tuple[int, Evaluation]]:
+    for kind in ("central", "federated"):
+        found = [(record.round, getattr(record, kind)) for record in history.rounds if getattr(record, kind)]
+        yield from found[-1:]
+
+
+def draw_curves(history: History, run_dir: Path) -> None:
+    """Leave curves.png in the run folder, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        save_curves(history, run_dir / "curves.png")

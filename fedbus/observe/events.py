@@ -16,6 +16,8 @@ from fedbus.rounds.commands import (
 )
 
 __all__ = [
+    "Announcement",
+    "ClientDone",
     "CohortGrew",
     "ConnectedToBroker",
     "EvaluateFailed",
@@ -47,6 +49,13 @@ Observe: TypeAlias = Callable[[object], None]
 
 
 # ---- either side -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """A line of the command's own."""
+
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +114,13 @@ class RoundClosed:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """The model that `round` led to; `clients` is 0 for the central evaluation."""
+    """The model that `round` led to; `clients` is None for the central evaluation."""
 
     round: int
     where: Literal["central", "federated"]
     loss: float
     metrics: Mapping[str, object]
-    clients: int
+    clients: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +161,15 @@ class ServerAwaited:
 class Welcomed:
     client_id: str
     run_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientDone:
+    """The client's last word: the run ended, or it was asked to leave (then `reason` says so)."""
+
+    client_id: str
+    finished: bool
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,13 @@ import logging
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TextIO
 
 from fedbus.observe import events as e
 
 _LOGGER = logging.getLogger("fedbus")
+_FOR_PEOPLE = logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
 
 _WARNINGS = (
     e.MemberLost,
@@ -39,15 +41,23 @@ def log_event(event: object) -> None:
         _LOGGER.log(level, "%s", sentence(event), extra={"event": event})
 
 
-def set_up(stream: TextIO, *, as_json: bool, level: int = logging.INFO) -> None:
-    """Send fedbus's log lines to `stream`, one event per line."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+def set_up(stream: TextIO | None, *, as_json: bool = False, level: int = logging.INFO) -> None:
+    """Send fedbus's log lines to `stream`, one event per line; None keeps them off every screen."""
+    handler = logging.NullHandler() if stream is None else logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter() if as_json else _FOR_PEOPLE)
     _LOGGER.handlers[:] = [handler]
     _LOGGER.propagate = False
     _LOGGER.setLevel(level)
-    # Its DEBUG level prints whole payloads, and its errors reach the user as ours.
-    logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+    # aiormq's DEBUG level prints whole payloads, and its errors, like those of lost tasks, reach the user as ours.
+    for name in ("aiormq", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL if level > logging.DEBUG else logging.ERROR)
+
+
+def also_into(path: Path) -> None:
+    """Write the log lines into the file at `path`, too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(_FOR_PEOPLE)
+    _LOGGER.addHandler(handler)
 
 
 class JsonFormatter(logging.Formatter):
@@ -89,6 +99,8 @@ def _plural(count: int, noun: str) -> str:
 def sentence(event: object) -> str:
     """What happened, in one line."""
     match event:
+        case e.Announcement():
+            return event.text
         case e.ConnectedToBroker():
             return f"{event.role} connected to {event.broker}"
         case e.RunStarted():
@@ -115,7 +127,7 @@ def sentence(event: object) -> str:
         case e.FitFailed():
             return f"round {event.round}: {event.client_id} failed to fit: {event.reason}"
         case e.EvaluateFailed():
-            return f"{event.client_id} failed to evaluate: {event.reason}"
+            return f"round {event.round}: {event.client_id} failed to evaluate: {event.reason}"
         case e.RoundClosed():
             waits = f", still out: {', '.join(event.unfinished)}" if event.unfinished else ""
             return (
@@ -123,7 +135,11 @@ def sentence(event: object) -> str:
                 f"in {event.seconds:.2f} s: model {event.version}{_metrics(event.fit_metrics)}{waits}"
             )
         case e.Evaluated():
-            by = "central evaluation" if event.where == "central" else f"{_plural(event.clients, 'client')} evaluated"
+            by = (
+                "central evaluation"
+                if event.where == "central"
+                else f"{_plural(event.clients or 0, 'client')} evaluated"
+            )
             return f"round {event.round}: {by}: loss {number(event.loss)}{_metrics(event.metrics)}"
         case e.EvaluationFailed():
             return f"round {event.round}: evaluate_fn failed: {event.reason}"
@@ -138,6 +154,8 @@ def sentence(event: object) -> str:
             return f"{event.client_id}: waiting for a server on this broker"
         case e.Welcomed():
             return f"{event.client_id}: member of run {event.run_id}"
+        case e.ClientDone():
+            return f"{event.client_id}: {'the run is done' if event.finished else event.reason}"
         case e.TaskStarted():
             return f"{event.client_id}: {event.kind} for round {event.round} started"
         case e.TaskCompleted():

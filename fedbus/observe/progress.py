@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -19,6 +19,7 @@ from fedbus.observe.logs import number, sentence
 _MAX_CLIENT_ROWS = 16
 _MAX_ROUND_ROWS = 12
 _MAX_NEWS = 5
+_WIDE = 100  # columns; below it the notes beside the clients give way
 
 _STYLES = {
     "idle": "dim",
@@ -134,40 +135,42 @@ class Board:
 
     def _close(self, event: o.RoundClosed) -> None:
         row = self._rounds.setdefault(event.round, _RoundRow())
-        row.updates = f"{event.folded}/{event.cohort}"
+        row.updates = str(event.folded)
         row.seconds = f"{event.seconds:.2f}"
         row.reason = event.reason
 
     # ---- the screen ----------------------------------------------------------------------------------------------
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         side_by_side = Table.grid(padding=(0, 3))
-        side_by_side.add_row(self._client_table(), self._round_table())
-        return Group(self._headline(), Text(), side_by_side, Text(), *self._news)
+        side_by_side.add_row(self._client_table(with_notes=options.max_width >= _WIDE), self._round_table())
+        yield Group(*self._headline(), Text(), side_by_side, Text(), *self._news)
 
-    def _headline(self) -> RenderableType:
+    def _headline(self) -> Iterator[RenderableType]:
         total = self._run.num_rounds if self._run else 0
         line = Table.grid(padding=(0, 2))
         closed = sum(1 for row in self._rounds.values() if row.reason)
         line.add_row(
             Text("fedbus", style="bold"),
-            ProgressBar(total=max(1, total), completed=closed, width=24),
-            Text(self._status(total)),
+            ProgressBar(total=total, completed=closed, width=24) if total else Text(),
+            Text(self._status(total), no_wrap=True),
             Text(f"{time.monotonic() - self._started_at:.0f} s", style="dim"),
-            Text(self.broker, style="dim"),
+            Text(self.broker, style="dim", no_wrap=True, overflow="ellipsis"),
         )
-        return line
+        yield line
+        if self._end is not None and not self._end.finished:
+            yield Text(f"ended early: {self._end.reason}", style="red")
 
     def _status(self, total: int) -> str:
         if self._end is not None:
-            return "finished" if self._end.finished else f"ended early: {self._end.reason}"
+            return "finished" if self._end.finished else "ended early"
         if not self._round or self._opened is None:
             return f"waiting for {self._needed} more clients" if self._needed else "starting"
         return f"round {self._round}/{total}: {self._folded} of {self._opened.min_fit_clients} updates"
 
-    def _client_table(self) -> Table:
+    def _client_table(self, *, with_notes: bool) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("client", "state", "updates", ""):
+        for name in ("client", "state", "updates", *([""] if with_notes else [])):
             table.add_column(name, no_wrap=True)
         # The interesting ones first, where there are more than fit.
         order = {"lost": 0, "refused": 1, "failed": 1, "late": 2, "training": 3}
@@ -176,7 +179,8 @@ class Board:
             rows.sort(key=lambda item: order.get(item[1].state, 9))
         for client_id, row in rows[:_MAX_CLIENT_ROWS]:
             updates = f"{row.updates}" + (f" ({row.late} late)" if row.late else "")
-            table.add_row(client_id, Text(row.state, style=_STYLES.get(row.state, "")), updates, row.note[:24])
+            note = [row.note[:24]] if with_notes else []
+            table.add_row(client_id, Text(row.state, style=_STYLES.get(row.state, "")), updates, *note)
         if len(rows) > _MAX_CLIENT_ROWS:
             table.add_row(Text(f"and {len(rows) - _MAX_CLIENT_ROWS} more", style="dim"))
         return table

@@ -15,6 +15,8 @@ class Outcome(Enum):
     """Folded into a round that is durable: acknowledge, send the receipt."""
     REFUSED = "refused"
     """Will never be folded: acknowledge, send the refusal."""
+    SURPLUS = "surplus"
+    """Came after the last round: acknowledge, say nothing; its sender did nothing wrong."""
     DUPLICATE = "duplicate"
     """The same update is folded already: acknowledge, say nothing."""
     RELEASED = "released"

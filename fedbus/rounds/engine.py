@@ -363,7 +363,7 @@ class Engine:
         elif self._phase in (Phase.DRAINING, Phase.ENDED):
             task.state = TaskState.FAILED
             self._idle(event)
-            self._settle(event, Outcome.REFUSED, "the run has no further round")
+            self._settle(event, Outcome.SURPLUS)
         else:
             task.state = TaskState.HELD
             self._idle(event)
@@ -466,8 +466,9 @@ class Engine:
         if self._parameters_task is not None and self._parameters_task[0] == event.task_id:
             self._parameters_failed(event.task_id, event.reason)
             return
-        if self._evaluated(event.task_id, event.client_id, reported=False):
-            self._out.append(c.EvaluateFailed(client_id=event.client_id, round=self._number, reason=event.reason))
+        round_ = self._evaluated(event.task_id, event.client_id, reported=False)
+        if round_ is not None:
+            self._out.append(c.EvaluateFailed(client_id=event.client_id, round=round_, reason=event.reason))
             return
         task = self._tasks.get(event.task_id)
         if task is not None and task.client_id == event.client_id and task.state is TaskState.WORKING:
@@ -478,7 +479,8 @@ class Engine:
         if self._parameters_task is None or self._parameters_task[0] != task_id:
             return
         self._parameters_task = None
-        if all(member.client_id in self._parameters_asked for member in self._members):
+        enough = len(self._members) >= self._config.start_clients  # else somebody who can may still come
+        if enough and all(member.client_id in self._parameters_asked for member in self._members):
             self._stop = f"no client could give the initial model: {reason}"
 
     def _fail(self, task_id: str, task: _Task, reason: str) -> None:
@@ -597,13 +599,14 @@ class Engine:
             for task_id, client_id in outstanding.items()
         ]
 
-    def _evaluated(self, task_id: str, client_id: str, *, reported: bool) -> bool:
+    def _evaluated(self, task_id: str, client_id: str, *, reported: bool) -> int | None:
+        """Take an answer; the round whose model it is about, None for an answer nobody waits for."""
         for evaluation in self._evaluations.values():
             if evaluation.outstanding.get(task_id) == client_id:
                 del evaluation.outstanding[task_id]
                 (evaluation.reported if reported else evaluation.missing).append(client_id)
-                return True
-        return False
+                return evaluation.round
+        return None
 
     def _close_evaluations(self) -> None:
         for round_, evaluation in list(self._evaluations.items()):

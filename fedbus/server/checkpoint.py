@@ -18,10 +18,12 @@ from fedbus.types import Array, Tensors
 
 
 class RunFolder:
-    """Where a run keeps what it made. Raises `ConfigError` when the folder cannot be written."""
+    """Where a run keeps what it made. Raises `ConfigError` when the folder cannot be written or holds a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if (path / "history.json").exists():
+            raise ConfigError(f"the run folder {path} holds a run already: name another one, or move it away")
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_whole(path / ".writable", b"")

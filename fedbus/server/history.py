@@ -12,17 +12,31 @@ from typing import Any
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """Loss and metrics of one model version; `clients` and `num_examples` are 0 for the central evaluation."""
+    """Loss and metrics of one model version; `clients` and `num_examples` are those of a federated evaluation."""
 
     loss: float
     metrics: dict[str, Any]
-    clients: int = 0
-    num_examples: int = 0
+    clients: int | None = None
+    num_examples: int | None = None
+
+
+@dataclass(kw_only=True)
+class FoldedUpdate:
+    """One update in a round, `staleness` versions late. A client may have two in one: a late one and a fresh one."""
+
+    client_id: str
+    staleness: int
+    num_examples: int
+    metrics: dict[str, Any]
 
 
 @dataclass(kw_only=True)
 class RoundRecord:
-    """One round. `folded` maps client to staleness; times are seconds, `opened_s` from the start of the run."""
+    """One round. Times are seconds, `opened_s` from the start of the run.
+
+    `cohort`: the clients tasked in it; `unfinished`: those of them that still worked when it closed; `failed` and
+    `refused`: client to reason; `evaluate_failed`: who could not evaluate the model that this round led to.
+    """
 
     round: int
     version: int
@@ -30,7 +44,7 @@ class RoundRecord:
     opened_s: float
     seconds: float
     cohort: list[str]
-    folded: dict[str, int]
+    folded: list[FoldedUpdate]
     unfinished: list[str]
     lost: list[str]
     failed: dict[str, str]
@@ -38,13 +52,22 @@ class RoundRecord:
     fit_metrics: dict[str, float]
     central: Evaluation | None = None
     federated: Evaluation | None = None
+    central_failed: str | None = None
+    evaluate_failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def clients(self) -> set[str]:
+        """Whose updates are in the round."""
+        return {update.client_id for update in self.folded}
 
 
 @dataclass(kw_only=True)
 class History:
-    """A whole run: written to history.json after every round."""
+    """A whole run: written to history.json after every round. `settings` is what it was run with."""
 
     run_id: str
+    started_at: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
     reason: str = ""
     seconds: float = 0.0

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,13 +48,14 @@ from fedbus.rounds import events as e
 from fedbus.rounds.commands import Outcome
 from fedbus.rounds.engine import Engine
 from fedbus.server.checkpoint import RunFolder
-from fedbus.server.history import Evaluation, History, RoundRecord
+from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_finite, check_initial_schema
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.metrics import weighted_mean
+from fedbus.training.base import check_evaluate_result
 from fedbus.training.thread import UserThread
-from fedbus.types import Array
+from fedbus.types import Array, EvaluateResult
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
 
@@ -93,7 +97,16 @@ class Server:
         self._folder = None if run_dir is None else RunFolder(run_dir)
         self._run_id = uuid.uuid4().hex[:12]
         self._epoch = 1
-        self._history = History(run_id=self._run_id)
+        self._history = History(
+            run_id=self._run_id,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            settings={
+                "fedbus": version("fedbus"),
+                "seed": app.seed,
+                "strategy": repr(app.strategy),
+                **dataclasses.asdict(app.rounds),
+            },
+        )
         self._staging = Staging()
         self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
         self._events: asyncio.Queue[e.Event] = asyncio.Queue(1024)
@@ -109,7 +122,7 @@ class Server:
         self._offsets: dict[int, int] = {}  # version -> offset of its head, for the last two versions
         self._check: UpdateCheck | None = None
         self._fold_state: Any = None
-        self._fit_reports: list[tuple[int, dict[str, Any]]] = []
+        self._folded: list[FoldedUpdate] = []
         self._evaluate_reports: dict[str, m.EvaluateReport] = {}
         self._refused: dict[str, str] = {}
         self._last_failure = ""
@@ -142,11 +155,14 @@ class Server:
         try:
             await self._run()
         except ExceptionGroup as group:
-            raise leaf(group) from group
+            exc = leaf(group)
+            await self._note_end(finished=False, reason=one_line(str(exc)))
+            raise exc from group
         finally:
             self._user_thread.close()
         if not self._history.finished:
-            raise RunFailed(f"the run ended after {len(self._history.rounds)} rounds: {self._history.reason}")
+            rounds = len(self._history.rounds)
+            raise RunFailed(f"the run ended after {rounds} round{'s' * (rounds != 1)}: {self._history.reason}")
         if self._history.updates == 0:
             raise RunFailed(
                 f"no update was accepted in any round; the last failure: {self._last_failure or 'none came'}"
@@ -414,8 +430,12 @@ class Server:
             case c.MemberLost():
                 gone = self._history.clients_left if notice.left else self._history.clients_lost
                 gone.append(notice.client_id)
-            case c.FitFailed() | c.EvaluateFailed():
+            case c.FitFailed():
                 self._last_failure = f"{notice.client_id}: {notice.reason}"
+            case c.EvaluateFailed():
+                record = self._history.record(notice.round)
+                if record is not None:
+                    record.evaluate_failed[notice.client_id] = notice.reason
             case _:
                 pass
         self._tell(notice)
@@ -495,7 +515,14 @@ class Server:
         )
         await _off_loop(strategy.fold, self._fold_state, update)
         staged.tensors = None
-        self._fit_reports.append((staged.num_examples, dict(staged.metrics)))
+        self._folded.append(
+            FoldedUpdate(
+                client_id=staged.client_id,
+                staleness=command.staleness,
+                num_examples=staged.num_examples,
+                metrics=dict(staged.metrics),
+            )
+        )
         self._tell(
             o.UpdateFolded(
                 client_id=staged.client_id,
@@ -522,9 +549,7 @@ class Server:
             _check_same_kind(self._model, model)
             self._model = _frozen(model)
             self._version += 1
-        fit_metrics = weighted_mean(self._fit_reports)
-        self._fit_reports = []
-        record = self._record(command, fit_metrics)
+        record = self._record(command)
         if command.folded:
             await self._save()
             await self._publish()
@@ -538,7 +563,7 @@ class Server:
                 folded=len(command.folded),
                 cohort=len(command.cohort),
                 unfinished=command.unfinished,
-                fit_metrics=fit_metrics,
+                fit_metrics=record.fit_metrics,
                 seconds=record.seconds,
             )
         )
@@ -571,8 +596,9 @@ class Server:
         if self._folder is not None:
             await asyncio.to_thread(self._folder.save_history, self._history)
 
-    def _record(self, command: c.Commit, fit_metrics: dict[str, float]) -> RoundRecord:
+    def _record(self, command: c.Commit) -> RoundRecord:
         refused, self._refused = self._refused, {}
+        folded, self._folded = self._folded, []
         self._history.rounds.append(
             RoundRecord(
                 round=command.round,
@@ -581,12 +607,12 @@ class Server:
                 opened_s=round(command.opened_at - self._started_at, 3),
                 seconds=round(time.monotonic() - command.opened_at, 3),
                 cohort=list(command.cohort),
-                folded={folded.client_id: folded.staleness for folded in command.folded},
+                folded=folded,
                 unfinished=list(command.unfinished),
                 lost=list(command.lost),
                 failed=dict(command.failed),
                 refused=refused,
-                fit_metrics=fit_metrics,
+                fit_metrics=weighted_mean((update.num_examples, update.metrics) for update in folded),
             )
         )
         return self._history.rounds[-1]
@@ -604,7 +630,9 @@ class Server:
                 evaluation = await self._call_evaluate_fn(round, model)
             except ClientCodeError as exc:
                 self._tell(o.EvaluationFailed(round=round, reason=str(exc)))
-                evaluation = None
+                record, evaluation = self._history.record(round), None
+                if record is not None:
+                    record.central_failed = str(exc)
             if evaluation is not None:
                 self._keep_central(round, evaluation)
             del model
@@ -619,11 +647,10 @@ class Server:
             raise ClientCodeError(_describe(exc)) from exc
         if result is None:
             return None
-        try:
-            loss, metrics = result
-            return Evaluation(loss=float(loss), metrics=dict(metrics))
-        except (TypeError, ValueError) as exc:
-            raise ClientCodeError(f"it returned {type(result).__name__}, (loss, metrics) is due") from exc
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ClientCodeError(f"it returned {type(result).__name__}, (loss, metrics) is due")
+        checked = check_evaluate_result(EvaluateResult(loss=result[0], num_examples=1, metrics=result[1]))
+        return Evaluation(loss=checked.loss, metrics=dict(checked.metrics))
 
     def _keep_central(self, round: int, evaluation: Evaluation) -> None:
         record = self._history.record(round)
@@ -678,10 +705,7 @@ class Server:
                 await self._outbound.join()
         if command.finished:  # the clients need not wait for this
             await self._central.join()
-        self._history.finished = command.finished
-        self._history.reason = command.reason
-        self._history.seconds = round(self._seconds(), 3)
-        await self._save_history()
+        await self._note_end(finished=command.finished, reason=command.reason)
         self._tell(
             o.RunFinished(
                 finished=command.finished,
@@ -691,6 +715,11 @@ class Server:
             )
         )
         self._ended.set()
+
+    async def _note_end(self, *, finished: bool, reason: str) -> None:
+        self._history.finished, self._history.reason = finished, reason
+        self._history.seconds = round(self._seconds(), 3)
+        await self._save_history()
 
 
 def _frozen(model: dict[str, Array]) -> dict[str, Array]:

@@ -19,7 +19,6 @@ from fedbus.app import App
 from fedbus.bus.node import PrivateNode
 from fedbus.errors import AppError, RunFailed
 from fedbus.observe import events as o
-from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import History
 
 _STOP_PATIENCE_S = 10.0
@@ -173,7 +172,6 @@ async def run_federation(
     broker and the nursery. `director` may interfere: it is how the demo kills a client and adds another.
     """
     num_partitions = num_partitions or num_clients
-    RunFolder(run_dir)  # before anything is started
     async with (
         client_processes(reference, log_dir=run_dir / "logs") as clients,
         contextlib.AsyncExitStack() as stack,
@@ -218,8 +216,12 @@ async def _all(*awaitables: Any) -> tuple[Any, ...]:
         return tuple(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # twice would interrupt the first one's cleaning up
+                task.cancel()
         await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # the first one is raised already
 
 
 class Director:

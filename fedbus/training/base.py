@@ -159,7 +159,8 @@ class _NumPyAdapter(Client):
 
 
 def _missing(client: object, method: str) -> NoReturn:
-    raise ClientCodeError(f"{type(client).__name__} has no {method} method: define it, the run needs it")
+    without = {"evaluate": " (or set fraction_evaluate=0)", "get_parameters": " (or give the app initial_parameters)"}
+    raise ClientCodeError(f"{type(client).__name__} has no {method} method: define it{without.get(method, '')}")
 
 
 def _copies(parameters: Tensors) -> list[Array]:

@@ -68,7 +68,9 @@ def _to_numpy(name: str, value: object) -> Array:
 
 def _named(parameters: Tensors | Sequence[Array], state: Mapping[str, Any]) -> Tensors:
     if isinstance(parameters, Mapping):
-        return parameters
+        if not parameters or list(parameters) != [str(index) for index in range(len(parameters))]:
+            return parameters
+        parameters = list(parameters.values())  # a model that a client gave as a plain list
     if len(parameters) != len(state):
         raise ClientCodeError(f"set_parameters was given {len(parameters)} arrays, the module has {len(state)}")
     return dict(zip(state, parameters, strict=True))

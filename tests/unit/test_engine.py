@@ -134,6 +134,14 @@ def test_another_client_is_asked_when_the_first_cannot_give_the_model() -> None:
     assert one(said, c.EndRun) == c.EndRun(finished=False, reason="no client could give the initial model: no")
 
 
+def test_a_client_that_cannot_give_the_model_does_not_end_the_run_before_the_others_are_there() -> None:
+    story = Story(has_model=False)
+    first = one(story.join("a"), c.RequestParameters)
+    said = story.happens(e.TaskFailed(client_id="a", task_id=first.task_id, reason="no"))
+    assert not all_of(said, c.EndRun)
+    assert one(story.join("b"), c.RequestParameters).client_id == "b"
+
+
 def test_a_lost_client_is_not_waited_for_with_the_model() -> None:
     story = Story(has_model=False)
     first = one(story.join("a", "b"), c.RequestParameters)
@@ -488,13 +496,13 @@ def test_stragglers_are_not_asked_to_evaluate() -> None:
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_run_finishes_after_num_rounds_and_refuses_what_comes_then() -> None:
+def test_the_run_finishes_after_num_rounds_and_what_comes_then_is_surplus() -> None:
     story = Story(num_rounds=1)
     story.join(*"abc")
     story.update("a", 1)
     story.update("b", 1)
     assert one(story.commit(), c.EndRun).finished
-    assert settled(story.update("c", 1)) == [(3, Outcome.REFUSED)]
+    assert settled(story.update("c", 1)) == [(3, Outcome.SURPLUS)]
     assert story.engine.next_deadline() is None
 
 

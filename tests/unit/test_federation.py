@@ -134,7 +134,11 @@ async def test_evaluation_is_weighted_and_central_evaluation_sees_every_version(
     assert [e.finished for e in ended if e] == [True, True]
     assert load_model(tmp_path / "model.safetensors")["w"].tolist() == pytest.approx([2 * step] * 3)
     saved = json.loads((tmp_path / "history.json").read_text())
-    assert (saved["finished"], len(saved["rounds"]), saved["rounds"][1]["folded"]) == (True, 2, {"c1": 0, "c3": 0})
+    assert (saved["finished"], len(saved["rounds"]), sorted(u["client_id"] for u in saved["rounds"][1]["folded"])) == (
+        True,
+        2,
+        ["c1", "c3"],
+    )
 
 
 async def test_the_fit_config_of_the_round_reaches_the_client() -> None:
@@ -196,7 +200,7 @@ async def test_a_fit_that_raises_is_reported_with_its_cause_and_the_client_lives
         history = await story.run("c1", "c2")
     assert history.rounds[0].failed == {"c2": "fit raised ValueError: no data for today"}
     assert history.rounds[1].failed == {"c2": "fit raised RuntimeError: SystemExit: 3"}
-    assert set(history.rounds[2].folded) == {"c1", "c2"}
+    assert history.rounds[2].clients == {"c1", "c2"}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +223,7 @@ async def test_what_a_client_must_not_return_is_refused_with_a_reason_and_the_ru
     async with federation(app_of(Odd, rounds={"min_fit_clients": 2})) as story:
         history = await story.run("c1", "c2", "c3")
         assert story.model()["w"].tolist() == pytest.approx([2 * weighted([1, 3], [10, 30])] * 3)
-    assert all(set(record.folded) == {"c1", "c3"} for record in history.rounds)
+    assert all(record.clients == {"c1", "c3"} for record in history.rounds)
     at_client = [e.reason for e in story.events if isinstance(e, o.RefusalArrived | o.TaskErred)]
     assert reason in at_client
     assert reason in {*history.rounds[0].failed.values(), *history.rounds[0].refused.values()}
@@ -251,7 +255,7 @@ async def test_a_late_joiner_takes_part_and_a_client_that_is_asked_to_leave_says
         gate.open()
         history = await serving
     assert history.clients_left == ["c1"]
-    assert set(history.rounds[0].folded) == {"c2", "c3"}
+    assert history.rounds[0].clients == {"c2", "c3"}
 
 
 async def test_heartbeats_go_on_while_fit_holds_its_thread() -> None:
@@ -278,7 +282,7 @@ async def test_a_client_that_dies_is_lost_and_its_round_closes_without_it() -> N
         await story.kill("c2", dying)
         history = await serving
         gate.open()
-    assert (history.clients_lost, history.rounds[0].lost, set(history.rounds[0].folded)) == (["c2"], ["c2"], {"c1"})
+    assert (history.clients_lost, history.rounds[0].lost, history.rounds[0].clients) == (["c2"], ["c2"], {"c1"})
     assert history.rounds[0].reason == "cohort_done"
 
 
@@ -293,7 +297,7 @@ async def test_a_client_killed_in_its_task_finds_it_again_when_it_comes_back() -
         gate.open()
         story.start_client("c1", app_of(AddingClient))
         history = await serving
-    assert history.rounds[0].folded == {"c1": 0}
+    assert [(u.client_id, u.staleness) for u in history.rounds[0].folded] == [("c1", 0)]
     assert history.clients_lost == []
 
 
@@ -427,7 +431,7 @@ async def test_an_update_sent_twice_is_folded_once() -> None:
         await attacker.send(update)
         gate.open()
         history = await serving
-        assert history.rounds[0].folded == {"c1": 0, "c9": 0}
+        assert sorted(u.client_id for u in history.rounds[0].folded) == ["c1", "c9"]
         assert story.model()["w"].tolist() == pytest.approx([weighted([1, 1], [10, 1])] * 3)
 
 
