@@ -107,7 +107,9 @@ async def connect(url: str, *, name: str = "fedbus") -> RabbitMQBus:
     except BaseException:
         await consuming.close()
         raise
-    return RabbitMQBus(consuming, publishing, user=unquote(urlsplit(url).username or "guest"))
+    user = urlsplit(url).username
+    # A user that comes out of a certificate is the broker's to know.
+    return RabbitMQBus(consuming, publishing, user=unquote(user) if user else None)
 
 
 async def _connect(url: str, name: str) -> aiormq.Connection:
@@ -136,7 +138,7 @@ async def _connect(url: str, name: str) -> aiormq.Connection:
 class RabbitMQBus(Bus):
     """A pair of connections to one RabbitMQ vhost; made by `connect`."""
 
-    def __init__(self, consuming: aiormq.Connection, publishing: aiormq.Connection, *, user: str) -> None:
+    def __init__(self, consuming: aiormq.Connection, publishing: aiormq.Connection, *, user: str | None) -> None:
         self._consuming = consuming
         self._publishing = publishing
         self._user = user
@@ -253,6 +255,20 @@ class RabbitMQBus(Bus):
 
 
 async def _close_channel(channel: AbstractChannel) -> None:
+    """Close it to the end, even when we are cancelled meanwhile.
+
+    A close that is cut short makes aiormq send Channel.Close twice, and the broker ends the connection for it; one that
+    is cancelled while CloseOk comes in swallows the cancellation.
+    """
+    closing = asyncio.ensure_future(_close_in_time(channel))
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await asyncio.wait([closing])  # bounded by its own timeout
+        raise
+
+
+async def _close_in_time(channel: AbstractChannel) -> None:
     with contextlib.suppress(amqp.AMQPError, amqp.ChannelInvalidStateError, OSError, TimeoutError):
         async with asyncio.timeout(5):
             await channel.close()

@@ -35,8 +35,8 @@ class Exchange:
 class Queue:
     """A durable queue.
 
-    `expires_s`: deleted after so long without a consumer. `max_bytes`: a stream's retention; a stream drops whole
-    segments of `segment_bytes` from its old end.
+    `expires_s`: deleted after so long without a consumer. `max_bytes`: what is beyond is dropped from the old end; a
+    stream drops whole segments of `segment_bytes`.
     """
 
     name: str
@@ -83,7 +83,7 @@ def ingress() -> Topology:
             # From RabbitMQ 4.0 the default limit of 20 would drop an update after 20 crashes of the server; -1
             # drops the first redelivery on 3.x.
             Queue(name=UPDATES, kind="quorum", dead_letter_exchange=DEAD, delivery_limit=1_000_000),
-            Queue(name=DEAD),
+            Queue(name=DEAD, max_bytes=64 << 20),
         ),
         bindings=(
             Binding(exchange=CONTROL, queue=CONTROL),

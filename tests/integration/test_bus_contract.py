@@ -319,6 +319,27 @@ async def test_closed_returns_when_we_close(open_bus: Connect) -> None:
         await bus.publish("test", "", b"x")
 
 
+async def test_cancelled_in_the_middle_of_closing_a_consumer_the_task_ends_and_the_bus_works_on(
+    bus: Bus, queue: str
+) -> None:
+    async def consume_once() -> None:
+        async with bus.consume(queue, prefetch=1):
+            pass
+        await asyncio.Event().wait()  # a cancellation that is swallowed would leave us here for ever
+
+    for turns in range(40):
+        task = asyncio.create_task(consume_once())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(10):
+            await asyncio.wait([task])
+        assert task.cancelled()
+    await bus.publish(queue, "", b"x")
+    async with bus.consume(queue, prefetch=1) as consumer:
+        await take(consumer, 1)
+
+
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
 
