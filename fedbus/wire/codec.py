@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgpack
@@ -24,7 +24,8 @@ MAX_PART_BYTES: Final = 8 << 20
 """With its head a part stays under 16 MiB, the largest message that RabbitMQ 4 takes by default."""
 
 MAX_TEXT_CHARS: Final = 4096
-MAX_SCALARS: Final = 1024
+MAX_SCALARS: Final = 256
+MAX_KEY_CHARS: Final = 256
 
 KINDS: Final[dict[str, type[Message]]] = {
     kind.__name__: kind
@@ -57,6 +58,7 @@ def encode(message: Message) -> bytes:
     Raises `ConfigError` when the message is larger than any receiver would take.
     """
     payload: Buffer = getattr(message, "payload", b"")
+    _check_bounds(message)
     try:
         head = msgpack.packb([type(message).__name__, _plain_fields(message)], use_bin_type=True)
     except (OverflowError, ValueError, TypeError) as exc:
@@ -69,6 +71,17 @@ def encode(message: Message) -> bytes:
     if memoryview(payload).nbytes > MAX_PART_BYTES:
         raise ConfigError(f"a part of {memoryview(payload).nbytes} bytes cannot travel: {MAX_PART_BYTES} at most")
     return b"".join((b"\x93", bytes([PROTOCOL]), _bin_header(len(head)), head, _bin_header(len(payload)), payload))
+
+
+def _check_bounds(message: Message) -> None:
+    """What the decoder would refuse must fail here, where somebody can be told."""
+    for name, check in _CHECKS[type(message)].items():
+        if name not in ("payload", "schema"):
+            value = getattr(message, name)
+            try:
+                check(dict(value) if isinstance(value, Mapping) else value)
+            except DecodeError as exc:
+                raise ConfigError(f"a {type(message).__name__} cannot travel: {name}: {exc}") from exc
 
 
 def _bin_header(size: int) -> bytes:
@@ -198,8 +211,12 @@ def _scalars(value: Any) -> dict[str, Any]:
     for key, item in value.items():
         if not isinstance(key, str):
             raise DecodeError("a key that is not a string")
+        if len(key) > MAX_KEY_CHARS or not key.isprintable():
+            raise DecodeError(f"the key {key[:40]!r}... is longer than {MAX_KEY_CHARS} characters, or not printable")
         if not isinstance(item, bool | int | float | str | bytes):
             raise DecodeError(f"{key[:40]!r} is not a bool, number, string or bytes")
+        if isinstance(item, str | bytes) and len(item) > MAX_TEXT_CHARS:
+            raise DecodeError(f"{key[:40]!r} is longer than {MAX_TEXT_CHARS}")
     return value
 
 

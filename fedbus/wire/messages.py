@@ -130,9 +130,13 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Welcome:
-    """The client is a member of `run_id`, as long as it is heard of within every `lease_s` seconds."""
+    """The client is a member of `run_id`, as long as it is heard of within every `lease_s` seconds.
+
+    `session` is that of its join: one for an earlier process of the same name means nothing.
+    """
 
     run_id: Text
+    session: Text
     epoch: Count
     heartbeat_s: float
     lease_s: float

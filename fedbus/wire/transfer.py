@@ -5,12 +5,16 @@ from __future__ import annotations
 import zlib
 from typing import Final
 
+import numpy as np
+
 from fedbus.errors import DecodeError
 from fedbus.types import Array
 from fedbus.wire.arrays import Buffer, Schema, payload_bytes, views
 from fedbus.wire.codec import MAX_PART_BYTES
 
 PART_BYTES: Final = 1 << 20
+MIN_PART_BYTES: Final = 1 << 16
+"""What a receiver takes at the least: bookkeeping per part must not outweigh the parts."""
 
 
 def crc32(payload: Buffer) -> int:
@@ -43,7 +47,9 @@ class Assembly:
         self._part_bytes = part_bytes
         self._total_bytes = payload_bytes(schema)
         self._missing = set(range(part_count(self._total_bytes, part_bytes)))
-        self._buffer: Buffer = b"" if len(self._missing) == 1 else bytearray(self._total_bytes)
+        # Untouched memory costs nothing: what was declared is paid for only as it arrives.
+        self._whole = None if len(self._missing) == 1 else np.empty(self._total_bytes, np.uint8)
+        self._only: Buffer = b""
 
     @property
     def missing(self) -> int:
@@ -63,13 +69,14 @@ class Assembly:
         if index not in self._missing:
             return False
         self._missing.remove(index)
-        if isinstance(self._buffer, bytearray):
-            self._buffer[start : start + expected] = payload
+        if self._whole is None:
+            self._only = payload
         else:
-            self._buffer = payload
+            self._whole.data[start : start + expected] = payload
         return True
 
     def tensors(self) -> dict[str, Array]:
-        """The tensors, as views, once no part is missing."""
+        """The tensors, as read-only views, once no part is missing."""
         assert not self._missing, "parts are missing"
-        return views(self._schema, self._buffer)
+        payload = self._only if self._whole is None else self._whole.data
+        return views(self._schema, memoryview(payload).toreadonly())
