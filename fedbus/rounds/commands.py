@@ -34,6 +34,7 @@ class CloseReason(Enum):
 @dataclass(frozen=True, kw_only=True)
 class WelcomeClient:
     client_id: str
+    session: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class _Task:
     client_id: str
     round: int
     version: int
+    due_at: float  # after that its client may be given another one
     state: TaskState = TaskState.WORKING
 
 
@@ -95,6 +96,7 @@ class Engine:
         self._model_ready = False
         self._parameters_task: tuple[str, str] | None = None  # (task_id, client_id)
         self._parameters_asked: set[str] = set()
+        self._parameters_due_at = math.inf
         self._adopting: e.UpdateReceived | None = None
         self._version = 0
         self._number = 0
@@ -126,9 +128,13 @@ class Engine:
     def awaits(self, task_id: str, client_id: str) -> bool:
         """Whether an update for this task could still be taken: nothing else is worth any memory."""
         if task_id == self._task_id("parameters", 0, client_id):
-            return not self._has_model
+            return not self._has_model and client_id in self._parameters_asked
         task = self._tasks.get(task_id)
         return task is not None and task.client_id == client_id and task.state in (TaskState.WORKING, TaskState.LOST)
+
+    def awaits_report(self, task_id: str, client_id: str) -> bool:
+        """Whether an evaluation of this client is due."""
+        return any(evaluation.outstanding.get(task_id) == client_id for evaluation in self._evaluations.values())
 
     # ---- input ---------------------------------------------------------------------------------------------------
 
@@ -164,6 +170,8 @@ class Engine:
         self._now = max(self._now, now)
         for member in self._members.expired(self._now):
             self._lose(member, f"silent for {self._now - member.heard_at:.1f} s", left=False)
+        if self._parameters_task is not None and self._now >= self._parameters_due_at:
+            self._parameters_failed(self._parameters_task[0], f"{self._parameters_task[1]} did not answer in time")
         return self._settle_down()
 
     def next_deadline(self) -> float | None:
@@ -174,6 +182,8 @@ class Engine:
         if self._round is not None and self._phase is Phase.OPEN:
             times.append(self._round.closes_at)
         times += [evaluation.closes_at for evaluation in self._evaluations.values()]
+        if self._parameters_task is not None:
+            times.append(self._parameters_due_at)
         return min((time for time in times if time is not None), default=None)
 
     def _settle_down(self) -> list[Command]:
@@ -195,15 +205,34 @@ class Engine:
     def _heard(self, event: e.ClientJoined | e.ClientHeard) -> None:
         if self._phase is Phase.ENDED:
             return
+        known = self._members.get(event.client_id)
+        former_session = known.session if known is not None else event.session
         is_new = self._members.renew(event.client_id, event.session, self._now)
         if is_new or isinstance(event, e.ClientJoined):
-            self._out.append(c.WelcomeClient(client_id=event.client_id))
+            self._out.append(c.WelcomeClient(client_id=event.client_id, session=event.session))
+        if known is not None and former_session != event.session:
+            self._restarted(known)
         if not is_new:
             return
         needed = 0 if self._number else max(0, self._config.start_clients - len(self._members))
         self._out.append(
             c.MemberJoined(client_id=event.client_id, members=len(self._members), needed=needed, round=self._number)
         )
+        if self._phase is Phase.OPEN:
+            self._grow_cohort()
+
+    def _restarted(self, member: Member) -> None:
+        """A new process of a known client: what the old one worked on is gone, and is given again while it counts."""
+        task_id, member.fit_task = member.fit_task, None
+        task = self._tasks.get(task_id or "")
+        if task is None or task_id is None or task.state is not TaskState.WORKING:
+            return
+        round_ = self._round
+        if round_ is not None and self._phase is Phase.OPEN and round_.cohort.get(member.client_id) == task_id:
+            member.fit_task = task_id
+            self._out.append(self._send(round_, member.client_id, task_id))
+            return
+        task.state = TaskState.LOST
         if self._phase is Phase.OPEN:
             self._grow_cohort()
 
@@ -249,11 +278,12 @@ class Engine:
             task_id = self._task_id("parameters", 0, client_id)
             self._parameters_task = (task_id, client_id)
             self._parameters_asked.add(client_id)
+            self._parameters_due_at = self._now + self._config.timeout_s
             self._out.append(c.RequestParameters(client_id=client_id, task_id=task_id))
 
     def _adopt(self, event: e.UpdateReceived) -> None:
-        if self._has_model:
-            self._settle(event, Outcome.REFUSED, "the run has its initial model already")
+        if self._has_model or event.client_id not in self._parameters_asked:
+            self._settle(event, Outcome.REFUSED, "the run has its initial model already, or asked somebody else for it")
             return
         self._has_model = True
         self._parameters_task = None
@@ -315,16 +345,24 @@ class Engine:
 
     def _eligible(self, round_: _Round) -> list[str]:
         """Members that are idle and have not been asked in this round: nobody gets a backlog of tasks."""
-        return [m.client_id for m in self._members if m.fit_task is None and m.client_id not in round_.cohort]
+        return [m.client_id for m in self._members if m.client_id not in round_.cohort and not self._is_busy(m)]
+
+    def _is_busy(self, member: Member) -> bool:
+        """Still within its time; one beyond it is asked again, for it may have lost its task altogether."""
+        task = self._tasks.get(member.fit_task or "")
+        return task is not None and self._now < task.due_at
 
     def _new_task(self, round_: _Round, client_id: str) -> c.SendFitTask:
         task_id = self._task_id("fit", round_.number, client_id)
-        self._tasks[task_id] = _Task(client_id, round_.number, round_.version)
+        self._tasks[task_id] = _Task(client_id, round_.number, round_.version, self._now + self._config.timeout_s)
         round_.cohort[client_id] = task_id
         round_.working.add(client_id)
         member = self._members.get(client_id)
         assert member is not None
         member.fit_task = task_id
+        return self._send(round_, client_id, task_id)
+
+    def _send(self, round_: _Round, client_id: str, task_id: str) -> c.SendFitTask:
         return c.SendFitTask(
             client_id=client_id,
             task_id=task_id,
@@ -524,7 +562,7 @@ class Engine:
 
     def _awaits_stragglers(self, round_: _Round) -> bool:
         """A living client that still trains for an earlier round will bring its update, and take a free place."""
-        return self._places(round_) > 0 and any(member.fit_task is not None for member in self._members)
+        return self._places(round_) > 0 and any(self._is_busy(member) for member in self._members)
 
     def _close(self, round_: _Round, reason: CloseReason) -> None:
         self._phase = Phase.CLOSING
@@ -584,7 +622,7 @@ class Engine:
 
     def _open_evaluation(self, round_: int) -> None:
         """Clients that still train for an earlier round are not asked: they would hold the result up."""
-        idle = [member.client_id for member in self._members if member.fit_task is None]
+        idle = [member.client_id for member in self._members if not self._is_busy(member)]
         size = math.ceil(self._config.fraction_evaluate * len(self._members) - 1e-9)
         chosen = sample(self._seed, round_, "evaluate", idle, size)
         if not chosen:

@@ -318,6 +318,52 @@ def test_a_heartbeat_of_somebody_unknown_is_a_welcome() -> None:
     assert not all_of(story.happens(e.ClientHeard(client_id="a", session="a")), c.WelcomeClient)
 
 
+def test_a_restarted_client_is_given_its_task_again_while_the_round_is_open() -> None:
+    story = Story(min_fit_clients=3)
+    story.join("a", "b", "c")
+    said = story.happens(joined("b", "second process"))
+    assert one(said, c.WelcomeClient).session == "second process"
+    again = one(said, c.SendFitTask)
+    assert (again.client_id, again.task_id) == ("b", "run/fit/1/b")
+
+
+def test_a_restarted_client_whose_round_has_closed_is_asked_in_the_open_one() -> None:
+    story = Story()
+    story.join("a", "b", "c")
+    story.update("a", 1)
+    story.update("b", 1)
+    story.commit()
+    assert one(story.happens(joined("c", "second process")), c.SendFitTask).task_id == "run/fit/2/c"
+
+
+def test_a_client_that_never_answers_is_asked_again_once_its_time_is_up() -> None:
+    story = Story(lease_s=1000.0)
+    story.join("a", "b", "c")
+    story.update("a", 1)
+    story.update("b", 1)
+    assert tasked(story.commit()) == {"a", "b"}
+    story.update("a", 2)
+    said = story.wait(100)  # b does not answer; the round ends
+    assert one(said, c.Commit).reason is CloseReason.TIMEOUT
+    assert tasked(story.commit()) == {"a", "b", "c"}
+    assert one(story.update("c", 1), c.Fold).staleness == 2  # and the old update counts all the same
+
+
+def test_a_client_that_does_not_send_the_model_in_time_is_given_up_for_another() -> None:
+    story = Story(has_model=False, lease_s=1000.0)
+    first = one(story.join("a", "b"), c.RequestParameters)
+    second = one(story.wait(100), c.RequestParameters)
+    assert {first.client_id, second.client_id} == {"a", "b"}
+
+
+def test_the_model_of_somebody_who_was_not_asked_is_refused() -> None:
+    story = Story(has_model=False)
+    asked = one(story.join("a", "b"), c.RequestParameters).client_id
+    other = "b" if asked == "a" else "a"
+    assert not story.engine.awaits(f"run/parameters/0/{other}", other)
+    assert settled(story.update(other, 0, f"run/parameters/0/{other}")) == [(1, Outcome.REFUSED)]
+
+
 def test_the_goodbye_of_a_former_process_does_not_throw_its_successor_out() -> None:
     story = Story()
     story.happens(joined("a", "first"))
