@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.types import Array, Tensors
 
+_LARGEST_INT64: Final = float(np.nextafter(2.0**63, 0))
 _BLOCK: Final = 1 << 15
 """Elements folded at a time: the block, widened to float64, stays in the cache."""
 
@@ -65,26 +66,31 @@ def _add_weighted(total: NDArray[Any], delta: NDArray[Any], weight: float) -> No
         part = delta[block]
         wide = scratch[: part.size]
         np.copyto(wide, part, casting="unsafe")  # bfloat16 has no arithmetic with float64 of its own
-        np.multiply(wide, weight, out=wide)
-        np.add(total[block], wide, out=total[block])
+        with np.errstate(over="ignore", invalid="ignore"):  # whoever takes the result looks at it
+            np.multiply(wide, weight, out=wide)
+            np.add(total[block], wide, out=total[block])
 
 
 def _moved(value: Array, mean: _Mean) -> Array:
     if mean.weight == 0:
         return value.copy()
-    step = (mean.total / mean.weight).reshape(value.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = (mean.total / mean.weight).reshape(value.shape)
     if value.dtype.kind == "b":
         return _majority(value, step)
     if value.dtype.kind in "iu":
         return _rounded(value, step)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(np.asarray(value, step.dtype) + step, dtype=value.dtype)
 
 
 def _rounded(value: Array, step: NDArray[np.float64]) -> Array:
-    # Modulo 2**64: the mean lies between values of the tensor's own dtype, so the result fits it again.
-    moved = value.astype(np.int64) + np.rint(step).astype(np.int64)
-    return np.asarray(moved.astype(value.dtype))
+    whole = np.clip(np.rint(step), -(2.0**63), _LARGEST_INT64).astype(np.int64)
+    moved = (value.astype(np.int64) + whole).astype(value.dtype)  # modulo 2**64, so that uint64 works alike
+    # The mean lies between values of the dtype, but float64 rounds near the ends of 64 bits.
+    limits, kind = np.iinfo(value.dtype), value.dtype.type
+    moved = np.where((whole > 0) & (moved < value), kind(limits.max), moved)
+    return np.where((whole < 0) & (moved > value), kind(limits.min), moved)
 
 
 def _majority(value: Array, step: NDArray[np.float64]) -> Array:

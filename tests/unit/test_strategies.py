@@ -65,6 +65,14 @@ def test_integers_at_the_ends_of_their_range_do_not_overflow(dtype: str) -> None
     np.testing.assert_array_equal(average(model, [({"n": swapped}, 3)])["n"], swapped)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "before", "after"), [("int64", 0, 2**63 - 1), ("int64", -1, -(2**63)), ("uint64", 2**63 + 5, 2**64 - 1)]
+)
+def test_steps_as_long_as_the_range_end_near_where_they_should(dtype: str, before: int, after: int) -> None:
+    new = average({"n": np.array([before], dtype)}, [({"n": np.array([after], dtype)}, 1)])["n"]
+    assert abs(int(new[0]) - after) <= 2048  # float64 has no more digits there
+
+
 def test_bools_take_the_weighted_majority_and_stay_on_a_tie() -> None:
     model = {"mask": np.array([True, True, False, False])}
     one = {"mask": np.array([False, False, True, True])}
