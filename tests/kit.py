@@ -84,6 +84,7 @@ class Federation:
         self.broker = MemoryBroker()
         self.events: list[object] = []
         self.server: Server | None = None
+        self.server_bus: Bus | None = None
         self.clients: dict[str, ClientRuntime] = {}
         self.buses: dict[str, Bus] = {}
         self.tasks: list[asyncio.Task[Any]] = []
@@ -94,7 +95,8 @@ class Federation:
         self._told.set()
 
     def start_server(self, run_dir: Path | None = None) -> asyncio.Task[History]:
-        self.server = Server(self.app, self.broker.connect("server"), run_dir=run_dir, observers=[self.observe])
+        self.server_bus = self.broker.connect("server")
+        self.server = Server(self.app, self.server_bus, run_dir=run_dir, observers=[self.observe])
         return self._start(self.server.run())
 
     def start_client(self, client_id: str, app: App | None = None) -> asyncio.Task[RunEnded | None]:

@@ -34,7 +34,14 @@ from fedbus.errors import (
     one_line,
 )
 from fedbus.observe import events as o
-from fedbus.training.base import Client, ClientContext, as_client, check_evaluate_result, check_fit_result
+from fedbus.training.base import (
+    Client,
+    ClientContext,
+    as_client,
+    check_evaluate_result,
+    check_fit_result,
+    check_tensors,
+)
 from fedbus.training.delta import update_delta
 from fedbus.training.thread import UserThread
 from fedbus.types import Array, Metrics, Tensors
@@ -55,6 +62,15 @@ _PRIORITY = {m.ParametersTask: 0, m.FitTask: 1, m.EvaluateTask: 2}
 class _Pending:
     task: m.Task
     delivery: Delivery
+
+
+def _round_of(task: m.Task) -> int:
+    return 0 if isinstance(task, m.ParametersTask) else task.round
+
+
+def _urgency(pending: _Pending) -> tuple[int, int]:
+    """The newest of the most urgent kind."""
+    return _PRIORITY[type(pending.task)], -_round_of(pending.task)
 
 
 class ClientRuntime:
@@ -96,6 +112,8 @@ class ClientRuntime:
         self._inbox: Consumer | None = None
         self._over = asyncio.Event()
         self._result: m.RunEnded | None = None
+        self._answered = ""
+        self._newest_fit = 0
 
     def request_leave(self) -> None:
         """Leave the run: `run` returns None soon after."""
@@ -137,10 +155,10 @@ class ClientRuntime:
                 ]
                 tasks = [group.create_task(coroutine) for coroutine in work]
                 await self._over.wait()
-                if self._result is None:
-                    await self._say_goodbye()
                 for task in tasks:
                     task.cancel()
+                if self._result is None:  # only now: a heartbeat after the goodbye would be a new join
+                    await self._say_goodbye()
 
     async def _open_inbox(self, stack: contextlib.AsyncExitStack) -> Consumer:
         try:
@@ -202,10 +220,11 @@ class ClientRuntime:
 
     def _take(self, message: m.Message) -> None:
         match message:
-            case m.Welcome():
+            case m.Welcome() if message.session == self._session:
                 self._heartbeat_s, self._lease_s = message.heartbeat_s, message.lease_s
                 if message.run_id != self._run_id:
                     self._run_id = message.run_id
+                    self._newest_fit = 0
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
                 self._work.set()
@@ -228,8 +247,11 @@ class ClientRuntime:
         await self._welcomed.wait()  # only then is it clear which run a task in the inbox belongs to
         while True:
             pending = await self._next_task()
-            if pending.task.run_id == self._run_id:
+            if pending.task.run_id == self._run_id and not self._is_superseded(pending.task):
                 await self._answer(pending.task)
+                self._answered = pending.task.task_id
+                if isinstance(pending.task, m.FitTask):
+                    self._newest_fit = pending.task.round
             assert self._inbox is not None
             await self._inbox.ack(pending.delivery)
 
@@ -237,13 +259,18 @@ class ClientRuntime:
         while not self._pending:
             self._work.clear()
             await self._work.wait()
-        pending = min(self._pending, key=lambda item: _PRIORITY[type(item.task)])
+        pending = min(self._pending, key=_urgency)
         self._pending.remove(pending)
         return pending
 
+    def _is_superseded(self, task: m.Task) -> bool:
+        """The same task again (ours, and the one that the server sent anew), or one of a round long closed."""
+        is_old_fit = isinstance(task, m.FitTask) and _round_of(task) < self._newest_fit
+        return is_old_fit or task.task_id == self._answered
+
     async def _answer(self, task: m.Task) -> None:
         kind = type(task).__name__.removesuffix("Task").lower()
-        round_ = getattr(task, "round", 0)
+        round_ = _round_of(task)
         started_at = time.monotonic()
         self._tell(o.TaskStarted(client_id=self._client_id, kind=kind, round=round_))
         self._context._reset()
@@ -288,7 +315,8 @@ class ClientRuntime:
 
     async def _send_parameters(self, task: m.ParametersTask) -> None:
         client = await self._user_client()
-        parameters: Tensors = await self._in_thread("get_parameters", client.get_parameters)
+        parameters = await self._in_thread("get_parameters", client.get_parameters)
+        check_tensors("get_parameters", parameters)
         await self._upload(task, version=0, tensors=parameters, num_examples=0, metrics={})
 
     async def _fit(self, task: m.FitTask) -> None:

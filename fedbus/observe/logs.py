@@ -16,6 +16,8 @@ from fedbus.observe import events as e
 _LOGGER = logging.getLogger("fedbus")
 _FOR_PEOPLE = logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
 
+_MAX_METRICS = 8
+
 _WARNINGS = (
     e.MemberLost,
     e.FitFailed,
@@ -89,7 +91,8 @@ def number(value: object) -> str:
 
 
 def _metrics(metrics: Mapping[str, object]) -> str:
-    return "".join(f", {name} {number(value)}" for name, value in metrics.items())
+    shown = "".join(f", {name} {number(value)[:80]}" for name, value in list(metrics.items())[:_MAX_METRICS])
+    return shown + (f" and {len(metrics) - _MAX_METRICS} more" if len(metrics) > _MAX_METRICS else "")
 
 
 def _plural(count: int, noun: str) -> str:

@@ -179,8 +179,8 @@ class Board:
             rows.sort(key=lambda item: order.get(item[1].state, 9))
         for client_id, row in rows[:_MAX_CLIENT_ROWS]:
             updates = f"{row.updates}" + (f" ({row.late} late)" if row.late else "")
-            note = [row.note[:24]] if with_notes else []
-            table.add_row(client_id, Text(row.state, style=_STYLES.get(row.state, "")), updates, *note)
+            note = [Text(row.note[:24])] if with_notes else []  # Text: what clients say must not be read as markup
+            table.add_row(Text(client_id), Text(row.state, style=_STYLES.get(row.state, "")), updates, *note)
         if len(rows) > _MAX_CLIENT_ROWS:
             table.add_row(Text(f"and {len(rows) - _MAX_CLIENT_ROWS} more", style="dim"))
         return table
@@ -191,9 +191,9 @@ class Board:
         figures = [row.central or row.federated for _, row in shown]
         names = list(dict.fromkeys(name for values in figures for name in values))[:4]
         for name in ("round", "updates", "s", *names):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(Text(name[:16]), justify="right", no_wrap=True)
         for (round_, row), values in zip(shown, figures, strict=True):
-            cells = [number(values[name]) if name in values else "" for name in names]
+            cells = [Text(number(values[name])[:16]) if name in values else "" for name in names]
             table.add_row(str(round_), row.updates, row.seconds, *cells)
         return table
 

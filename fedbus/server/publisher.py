@@ -62,7 +62,7 @@ class ModelPublisher:
 
     async def _end_of(self, transfer: str, count: int) -> int:
         """The offset of the transfer's last part. Publishers are not told offsets: read the end back, once."""
-        async with self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
+        async with asyncio.timeout(60), self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
             async for delivery in consumer:
                 await consumer.ack(delivery)
                 if _is_part(delivery.body, transfer, count - 1):

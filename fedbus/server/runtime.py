@@ -20,7 +20,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -35,6 +35,7 @@ from fedbus.errors import (
     ClientCodeError,
     ConfigError,
     DecodeError,
+    PublishUnconfirmed,
     QueueBusy,
     RunFailed,
     Unroutable,
@@ -50,7 +51,7 @@ from fedbus.rounds.engine import Engine
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
 from fedbus.server.publisher import ModelPublisher
-from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_finite, check_initial_schema
+from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_finite, check_initial
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import check_evaluate_result
@@ -64,6 +65,32 @@ _LOGGER = logging.getLogger("fedbus.server")
 _CONTROL_PREFETCH = 256
 _SENDS_AT_ONCE = 64
 _STALLED_AFTER_S = 60.0
+_GOODBYE_S = 3600.0
+
+
+class _Events:
+    """What waits for the engine. Our own tasks never wait to put something in: the engine may be waiting for them."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[e.Event, bool]] = asyncio.Queue()
+        self._room_outside = asyncio.Semaphore(1024)
+
+    def put(self, event: e.Event) -> None:
+        self._queue.put_nowait((event, False))
+
+    async def put_from_outside(self, event: e.Event) -> None:
+        """Wait for room: a flood stays in the broker."""
+        await self._room_outside.acquire()
+        self._queue.put_nowait((event, True))
+
+    async def get(self) -> e.Event:
+        event, is_from_outside = await self._queue.get()
+        if is_from_outside:
+            self._room_outside.release()
+        return event
+
+    def empty(self) -> bool:
+        return self._queue.empty()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +124,7 @@ class Server:
         self._folder = None if run_dir is None else RunFolder(run_dir)
         self._run_id = uuid.uuid4().hex[:12]
         self._epoch = 1
+        self._stalled_after_s = max(_STALLED_AFTER_S, 2 * app.rounds.lease_s)
         self._history = History(
             run_id=self._run_id,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -109,11 +137,12 @@ class Server:
         )
         self._staging = Staging()
         self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
-        self._events: asyncio.Queue[e.Event] = asyncio.Queue(1024)
+        self._events = _Events()
         self._outbound: asyncio.Queue[tuple[str, m.InboxMessage, float | None]] = asyncio.Queue(1024)
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         # At most one evaluation waits: a slow evaluate_fn slows the rounds down instead of piling up models.
         self._central: asyncio.Queue[tuple[int, dict[str, Array]]] = asyncio.Queue(1)
+        self._sending: set[asyncio.Task[None]] = set()
         self._user_thread = UserThread("fedbus-evaluate")
         self._ended = asyncio.Event()
         self._started_at = time.monotonic()
@@ -141,10 +170,7 @@ class Server:
 
     def request_stop(self, reason: str) -> None:
         """End the run early: a commit that is under way is finished, an open round is given up."""
-        try:
-            self._events.put_nowait(e.StopRequested(reason=reason))
-        except asyncio.QueueFull:
-            asyncio.get_running_loop().call_later(0.05, self.request_stop, reason)
+        self._events.put(e.StopRequested(reason=reason))
 
     async def run(self) -> History:
         """Run to the end.
@@ -156,7 +182,10 @@ class Server:
             await self._run()
         except ExceptionGroup as group:
             exc = leaf(group)
-            await self._note_end(finished=False, reason=one_line(str(exc)))
+            reason = one_line(str(exc))
+            with contextlib.suppress(RunFailed):  # the disk may be what failed
+                await self._note_end(finished=False, reason=reason)
+            await self._send_home(reason)
             raise exc from group
         finally:
             self._user_thread.close()
@@ -207,12 +236,13 @@ class Server:
                 self._aggregate(),
                 self._evaluate(),
                 self._drive(engine),
+                self._forget_stalled(),
             ]
             tasks = [group.create_task(coroutine) for coroutine in work]
             if model is not None:
                 await self._adopt(model)
             await self._ended.wait()
-            for task in tasks:
+            for task in (*tasks, *self._sending):
                 task.cancel()
 
     async def _initial_model(self) -> dict[str, Array] | None:
@@ -238,7 +268,7 @@ class Server:
                 self._tell(o.MessageRejected(queue=CONTROL, reason=str(exc)))
                 event = None
             if event is not None:
-                await self._events.put(event)
+                await self._events.put_from_outside(event)
             # Signs of life and small results are told again or time out: nothing depends on this one copy.
             await consumer.ack(delivery)
 
@@ -268,7 +298,7 @@ class Server:
         if report.num_examples < 1 or not math.isfinite(report.loss):
             reason = f"loss {report.loss} over {report.num_examples} examples cannot be averaged"
             return e.TaskFailed(client_id=report.client_id, task_id=report.task_id, reason=reason)
-        if report.run_id == self._run_id:
+        if self._engine is not None and self._engine.awaits_report(report.task_id, report.client_id):
             self._evaluate_reports[report.task_id] = report
         return e.EvaluateReported(client_id=report.client_id, task_id=report.task_id)
 
@@ -289,8 +319,6 @@ class Server:
             if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
                 await consumer.ack(delivery)
                 continue
-            if isinstance(message, m.Update):
-                await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
             await self._stage(consumer, engine, message, delivery)
 
     async def _stage(self, consumer: Consumer, engine: Engine, message: m.Update | m.Part, delivery: Delivery) -> None:
@@ -300,9 +328,10 @@ class Server:
                 token = self._staging.add(message, delivery, now)
             else:
                 self._check_head(message, engine)
+                await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
                 token = self._staging.begin(message, delivery, now)
         except UpdateRefused as exc:
-            await self._report_invalid(self._staging.refuse(message, delivery), str(exc))
+            self._report_invalid(self._staging.refuse(message, delivery), str(exc))
         except DecodeError as exc:
             self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
             await consumer.reject(delivery, requeue=False)
@@ -317,7 +346,7 @@ class Server:
         if not engine.awaits(update.task_id, update.client_id):
             raise UpdateRefused("nobody waits for it")  # the engine knows the reason, or that it is a duplicate
         if self._check is None:
-            check_initial_schema(update.schema)
+            check_initial(update)
         else:
             self._check.head(update)
 
@@ -328,13 +357,13 @@ class Server:
             await asyncio.to_thread(check_finite, update.tensors)
         except UpdateRefused as exc:
             update.tensors = None
-            await self._report_invalid(token, str(exc))
+            self._report_invalid(token, str(exc))
             return
-        await self._events.put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
+        self._events.put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
 
-    async def _report_invalid(self, token: int, reason: str) -> None:
+    def _report_invalid(self, token: int, reason: str) -> None:
         update = self._staging.get(token)
-        await self._events.put(
+        self._events.put(
             e.UpdateInvalid(client_id=update.client_id, task_id=update.task_id, delivery=token, reason=reason)
         )
 
@@ -345,9 +374,10 @@ class Server:
             for delivery in self._staging.abort(transfer) if transfer != but else ():
                 await self._updates.ack(delivery)
 
-    def _stalled(self) -> list[str]:
-        silence_s = max(_STALLED_AFTER_S, 2 * self._app.rounds.lease_s)
-        return self._staging.stalled(time.monotonic() - silence_s)
+    async def _forget_stalled(self) -> None:
+        while True:
+            await asyncio.sleep(self._stalled_after_s / 4)
+            await self._forget(self._staging.stalled(time.monotonic() - self._stalled_after_s))
 
     # ---- the engine ----------------------------------------------------------------------------------------------
 
@@ -377,7 +407,11 @@ class Server:
             case c.WelcomeClient():
                 rounds = self._app.rounds
                 welcome = m.Welcome(
-                    run_id=self._run_id, epoch=self._epoch, heartbeat_s=rounds.heartbeat_s, lease_s=rounds.lease_s
+                    run_id=self._run_id,
+                    session=command.session,
+                    epoch=self._epoch,
+                    heartbeat_s=rounds.heartbeat_s,
+                    lease_s=rounds.lease_s,
                 )
                 await self._outbound.put((command.client_id, welcome, rounds.lease_s))
             case c.RequestParameters():
@@ -471,16 +505,18 @@ class Server:
             client_id, message, expires_s = await self._outbound.get()
             await slots.acquire()
             task = group.create_task(self._send_one(client_id, message, expires_s))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
             task.add_done_callback(lambda _: slots.release())
 
     async def _send_one(self, client_id: str, message: m.InboxMessage, expires_s: float | None) -> None:
         try:
             await self._bus.publish(TASKS, client_id, encode(message), expires_s=expires_s)
+        except PublishUnconfirmed as exc:
+            _LOGGER.debug("a message to %s was not confirmed", client_id, exc_info=exc)
         except Unroutable:
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
-                await self._events.put(
-                    e.TaskFailed(client_id=client_id, task_id=message.task_id, reason="its inbox is gone")
-                )
+                self._events.put(e.TaskFailed(client_id=client_id, task_id=message.task_id, reason="its inbox is gone"))
         finally:
             self._outbound.task_done()
 
@@ -539,7 +575,7 @@ class Server:
         await self._publish()
         await self._save()
         await self._evaluate_centrally(0)
-        await self._events.put(e.ModelReady())
+        self._events.put(e.ModelReady())
 
     async def _commit(self, command: c.Commit) -> None:
         assert self._model is not None
@@ -547,29 +583,38 @@ class Server:
             state, self._fold_state = self._fold_state, None
             model = await _off_loop(self._app.strategy.finish, state, self._model)
             _check_same_kind(self._model, model)
-            self._model = _frozen(model)
-            self._version += 1
+            await self._keep_if_finite(command, model)
         record = self._record(command)
-        if command.folded:
+        if self._version != command.version:
             await self._save()
             await self._publish()
         record.seconds = round(time.monotonic() - command.opened_at, 3)
-        await self._events.put(e.RoundCommitted(round=command.round, version=self._version))
+        self._events.put(e.RoundCommitted(round=command.round, version=self._version))
         self._tell(
             o.RoundClosed(
                 round=command.round,
                 version=self._version,
                 reason=command.reason.value,
-                folded=len(command.folded),
+                folded=len(record.folded),
                 cohort=len(command.cohort),
                 unfinished=command.unfinished,
                 fit_metrics=record.fit_metrics,
                 seconds=record.seconds,
             )
         )
-        if command.folded:
+        if self._version != command.version:
             await self._evaluate_centrally(command.round)
-        await self._forget(self._stalled())
+
+    async def _keep_if_finite(self, command: c.Commit, model: dict[str, Array]) -> None:
+        """Finite updates can add up to more than the dtype holds: then the model stays, and the round is empty."""
+        try:
+            await asyncio.to_thread(check_finite, model)
+        except UpdateRefused as exc:
+            self._tell(o.MessageRejected(queue=f"the aggregate of round {command.round}", reason=str(exc)))
+            self._folded = []
+            return
+        self._model = _frozen(model)
+        self._version += 1
 
     async def _publish(self) -> None:
         assert self._model is not None
@@ -589,12 +634,16 @@ class Server:
 
     async def _save(self) -> None:
         if self._folder is not None and self._model is not None:
-            await asyncio.to_thread(self._folder.save_model, self._model, run_id=self._run_id, version=self._version)
+            with _disk():
+                await asyncio.to_thread(
+                    self._folder.save_model, self._model, run_id=self._run_id, version=self._version
+                )
             await self._save_history()
 
     async def _save_history(self) -> None:
         if self._folder is not None:
-            await asyncio.to_thread(self._folder.save_history, self._history)
+            with _disk():
+                await asyncio.to_thread(self._folder.save_history, self._history)
 
     def _record(self, command: c.Commit) -> RoundRecord:
         refused, self._refused = self._refused, {}
@@ -695,11 +744,13 @@ class Server:
     # ---- the end -------------------------------------------------------------------------------------------------
 
     async def _end(self, command: c.EndRun) -> None:
+        while not command.finished and not self._central.empty():  # nobody waits for these any more
+            self._central.get_nowait()
+            self._central.task_done()
         await self._jobs.join()
-        assert self._engine is not None
-        ended = m.RunEnded(run_id=self._run_id, finished=command.finished, reason=command.reason)
-        for client_id in self._engine.members:
-            await self._outbound.put((client_id, ended, self._app.rounds.lease_s))
+        # To everybody who was ever in: one whose lease ran out may be there all the same.
+        for client_id in self._history.clients_joined:
+            await self._outbound.put((client_id, self._goodbye(command.finished, command.reason), _GOODBYE_S))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(10):
                 await self._outbound.join()
@@ -715,6 +766,20 @@ class Server:
             )
         )
         self._ended.set()
+
+    def _goodbye(self, finished: bool, reason: str) -> m.RunEnded:
+        return m.RunEnded(run_id=self._run_id, finished=finished, reason=reason)
+
+    async def _send_home(self, reason: str) -> None:
+        """After a failure of ours the clients need not wait for us, if the broker is still there to tell them."""
+        goodbye = encode(self._goodbye(finished=False, reason=reason))
+        sends = [
+            self._bus.publish(TASKS, client_id, goodbye, mandatory=False, expires_s=_GOODBYE_S)
+            for client_id in self._history.clients_joined
+        ]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await asyncio.gather(*sends, return_exceptions=True)
 
     async def _note_end(self, *, finished: bool, reason: str) -> None:
         self._history.finished, self._history.reason = finished, reason
@@ -734,7 +799,16 @@ async def _off_loop(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return await asyncio.to_thread(function, *args)
     except Exception as exc:
-        raise RunFailed(f"{getattr(function, '__qualname__', function)} raised {_describe(exc)}") from exc
+        owner = type(getattr(function, "__self__", None)).__name__
+        raise RunFailed(f"{owner}.{function.__name__} raised {_describe(exc)}") from exc
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise RunFailed(f"the run folder cannot be written: {exc.strerror or exc}") from exc
 
 
 def _check_same_kind(old: dict[str, Array], new: dict[str, Array]) -> None:

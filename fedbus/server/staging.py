@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -12,17 +13,18 @@ import numpy as np
 from fedbus.bus.base import Delivery
 from fedbus.errors import DecodeError, UpdateRefused
 from fedbus.types import Array, Metrics, Tensors, delta_dtype
-from fedbus.wire.arrays import Schema, dtype_name, payload_bytes
+from fedbus.wire.arrays import dtype_name, payload_bytes
+from fedbus.wire.codec import MAX_PART_BYTES
 from fedbus.wire.messages import Part, Update
-from fedbus.wire.transfer import Assembly
+from fedbus.wire.transfer import MIN_PART_BYTES, Assembly
 
-MAX_ORPHANS = 256
-"""Parts kept whose head has not come yet: the broker keeps the order, but for redeliveries."""
+MAX_ORPHAN_BYTES = 64 << 20
+"""What is kept of parts whose head has not come yet: the broker keeps the order, but for redeliveries."""
 
 MAX_EXAMPLES = 1 << 40
 """A weight beyond this is a mistake or an attack; sums of such weights stay exact in float64."""
 
-MAX_INITIAL_BYTES = 64 << 30
+MAX_INITIAL_BYTES = 16 << 30
 """The largest initial model that a client may send."""
 
 
@@ -47,12 +49,19 @@ class _Transfer:
     deliveries: list[Delivery] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Orphans:
+    touched_at: float
+    parts: list[tuple[Part, Delivery]] = field(default_factory=list)
+    size: int = 0
+
+
 class Staging:
     """Puts transfers together and remembers whole updates by a token until they are taken out."""
 
     def __init__(self) -> None:
         self._transfers: dict[str, _Transfer] = {}
-        self._orphans: dict[str, list[tuple[Part, Delivery]]] = {}
+        self._orphans: dict[str, _Orphans] = {}
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._updates: dict[int, StagedUpdate] = {}
         self._tokens = itertools.count(1)
@@ -76,9 +85,10 @@ class Staging:
         if transfer is None:
             transfer = _Transfer(head=head, assembly=Assembly(head.schema, head.part_bytes), touched_at=now)
             self._transfers[head.transfer] = transfer
-        transfer.deliveries.append(delivery)
+        transfer.deliveries.append(_bare(delivery))
         transfer.assembly.add(0, head.crc32, head.payload)
-        for part, its_delivery in self._orphans.pop(head.transfer, ()):
+        orphans = self._orphans.pop(head.transfer, None)
+        for part, its_delivery in orphans.parts if orphans else ():
             transfer.deliveries.append(its_delivery)
             transfer.assembly.add(part.index, part.crc32, part.payload)
         return self._finish(transfer)
@@ -90,12 +100,14 @@ class Staging:
         """
         transfer = self._transfers.get(part.transfer)
         if transfer is None:
-            if sum(map(len, self._orphans.values())) >= MAX_ORPHANS:
+            if sum(orphans.size for orphans in self._orphans.values()) + len(part.payload) > MAX_ORPHAN_BYTES:
                 raise DecodeError("a part of a transfer that is not under way")
-            self._orphans.setdefault(part.transfer, []).append((part, delivery))
+            orphans = self._orphans.setdefault(part.transfer, _Orphans(now))
+            orphans.parts.append((part, _bare(delivery)))
+            orphans.size += len(part.payload)
             return None
         transfer.touched_at = now
-        transfer.deliveries.append(delivery)
+        transfer.deliveries.append(_bare(delivery))
         try:
             transfer.assembly.add(part.index, part.crc32, part.payload)
         except DecodeError as exc:
@@ -110,8 +122,8 @@ class Staging:
             assert known is not None, "only a part of a known transfer can be refused"
             head = known.head
         deliveries = self.abort(message.transfer)
-        if delivery not in deliveries:
-            deliveries.append(delivery)
+        if all(delivery.tag != other.tag for other in deliveries):
+            deliveries.append(_bare(delivery))
         return self.keep(head, deliveries, None)
 
     def is_aborted(self, transfer: str) -> bool:
@@ -154,12 +166,19 @@ class Staging:
         if len(self._aborted) > 1024:
             self._aborted.popitem(last=False)
         known = self._transfers.pop(transfer, None)
-        orphans = [delivery for _, delivery in self._orphans.pop(transfer, ())]
-        return (known.deliveries if known else []) + orphans
+        orphans = self._orphans.pop(transfer, None)
+        return (known.deliveries if known else []) + [delivery for _, delivery in (orphans.parts if orphans else ())]
 
     def stalled(self, before: float) -> list[str]:
         """Transfers of which nothing has come since `before`: their senders are gone."""
-        return [name for name, transfer in self._transfers.items() if transfer.touched_at < before]
+        touched_at = {name: transfer.touched_at for name, transfer in self._transfers.items()}
+        touched_at |= {name: orphans.touched_at for name, orphans in self._orphans.items()}
+        return [name for name, at in touched_at.items() if at < before]
+
+
+def _bare(delivery: Delivery) -> Delivery:
+    """What it takes to settle it, without the bytes: they would stay until the commit."""
+    return dataclasses.replace(delivery, body=b"")
 
 
 class UpdateCheck:
@@ -172,6 +191,7 @@ class UpdateCheck:
 
     def head(self, update: Update) -> None:
         """Raise `UpdateRefused` for what can be told before the tensors are here: weight, names, dtypes, shapes."""
+        check_parts(update)
         if update.num_examples < 1:
             raise UpdateRefused(f"num_examples is {update.num_examples}: an update needs at least one example")
         if update.num_examples > MAX_EXAMPLES:
@@ -186,12 +206,19 @@ class UpdateCheck:
                 raise UpdateRefused(f"tensor {spec.name!r} came as {spec.dtype}, {dtype} is due")
 
 
-def check_initial_schema(schema: Schema) -> None:
+def check_parts(update: Update) -> None:
+    """Raise `UpdateRefused` for parts so small that the bookkeeping would outweigh them."""
+    if not MIN_PART_BYTES <= update.part_bytes <= MAX_PART_BYTES:
+        raise UpdateRefused(f"parts of {update.part_bytes} bytes, {MIN_PART_BYTES} to {MAX_PART_BYTES} are allowed")
+
+
+def check_initial(update: Update) -> None:
     """Raise `UpdateRefused` for an initial model that is empty or larger than any that is taken."""
-    if not schema:
+    check_parts(update)
+    if not update.schema:
         raise UpdateRefused("get_parameters returned no tensors")
-    if payload_bytes(schema) > MAX_INITIAL_BYTES:
-        raise UpdateRefused(f"an initial model of {payload_bytes(schema)} bytes, {MAX_INITIAL_BYTES} at most")
+    if payload_bytes(update.schema) > MAX_INITIAL_BYTES:
+        raise UpdateRefused(f"an initial model of {payload_bytes(update.schema)} bytes, {MAX_INITIAL_BYTES} at most")
 
 
 def check_finite(tensors: Tensors) -> None:

@@ -25,6 +25,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ class _Nursery:
             _reseed()
             assert self._app is not None
             code = _run_client(self._app, client, self._alive_read)
+        except BaseException:  # noqa: BLE001  # into the client's log: nobody else will tell
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -118,6 +118,14 @@ def check_fit_result(result: object) -> FitResult:
     )
 
 
+def check_tensors(method: str, tensors: object) -> None:
+    """Raise `ClientCodeError` unless `tensors` is a mapping from names to arrays, as `method` must return it."""
+    if not isinstance(tensors, Mapping):
+        raise ClientCodeError(f"{method} returned {_kind(tensors)} as parameters, expected a mapping")
+    for name, value in tensors.items():
+        _array(method, name, value)
+
+
 def check_evaluate_result(result: object) -> EvaluateResult:
     """Return what `Client.evaluate` returned with Python scalars throughout, ready for the wire.
 

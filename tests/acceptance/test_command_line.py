@@ -337,7 +337,8 @@ def test_however_a_run_is_ended_nothing_of_it_is_left(shell: Shell, number: sign
 
 
 def test_a_client_process_that_dies_in_a_run_is_noticed_and_the_run_goes_on(shell: Shell) -> None:
-    app = write(shell.folder, SLOW_APP.replace("min_fit_clients=3", "min_fit_clients=2, min_available_clients=3"))
+    rounds = "min_fit_clients=2, min_available_clients=3, grace_s=float('inf')"  # each round waits for the living
+    app = write(shell.folder, SLOW_APP.replace("min_fit_clients=3", rounds))
     run = shell.start("run", app, "--clients", "3", "--run-dir", "out", "--log-json")
     run.until('"event": "round_opened"')
     poll(lambda: any(e.get("round") == 4 for e in events(run.output) if e["event"] == "round_opened"), 30)

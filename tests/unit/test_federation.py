@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,20 @@ import numpy as np
 import pytest
 
 from fedbus.bus.base import Bus
-from fedbus.bus.topology import CONTROL, DEAD, UPDATES, client_inbox, inbox
-from fedbus.errors import BrokerClosed, QueueBusy, RunFailed
+from fedbus.bus.memory import MemoryBroker
+from fedbus.bus.topology import CONTROL, DEAD, UPDATES, client_inbox, inbox, ingress, model_stream
+from fedbus.client.reader import ModelReader
+from fedbus.errors import BrokerClosed, QueueBusy, QueueMissing, RunFailed
 from fedbus.observe import events as o
 from fedbus.server.checkpoint import load_model
+from fedbus.server.publisher import ModelPublisher
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, FitResult, Scalar, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.arrays import pack
-from fedbus.wire.codec import encode
+from fedbus.wire.codec import decode, encode
 from fedbus.wire.transfer import crc32, cut
 from tests.kit import AddingClient, Gate, app_of, federation, weighted
 
@@ -220,13 +225,15 @@ async def test_what_a_client_must_not_return_is_refused_with_a_reason_and_the_ru
         def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> Any:
             return (trained, num_examples, {}) if self.number == 2 else super().fit(parameters, config)
 
-    async with federation(app_of(Odd, rounds={"min_fit_clients": 2})) as story:
+    rounds = {"min_fit_clients": 2, "min_available_clients": 3, "grace_s": 30.0}  # wait for the odd one, too
+    async with federation(app_of(Odd, rounds=rounds)) as story:
         history = await story.run("c1", "c2", "c3")
         assert story.model()["w"].tolist() == pytest.approx([2 * weighted([1, 3], [10, 30])] * 3)
     assert all(record.clients == {"c1", "c3"} for record in history.rounds)
     at_client = [e.reason for e in story.events if isinstance(e, o.RefusalArrived | o.TaskErred)]
     assert reason in at_client
-    assert reason in {*history.rounds[0].failed.values(), *history.rounds[0].refused.values()}
+    in_history = {r for record in history.rounds for r in (*record.failed.values(), *record.refused.values())}
+    assert reason in in_history
 
 
 async def test_a_run_in_which_nothing_is_ever_accepted_fails_with_the_last_reason() -> None:
@@ -367,7 +374,7 @@ ZEROS = np.zeros(3, np.float32)
         ({"v": ZEROS}, {}, "the model has no tensor 'v'"),
         ({"w": ZEROS}, {"num_examples": -5}, "num_examples is -5: an update needs at least one example"),
         ({"w": ZEROS}, {"crc32": 1}, "part 0 fails its checksum"),
-        ({"w": ZEROS}, {"part_bytes": 0}, "parts of 0 bytes, 1 to 8388608 are allowed"),
+        ({"w": ZEROS}, {"part_bytes": 0}, "parts of 0 bytes, 65536 to 8388608 are allowed"),
         ({"w": np.array([0, np.inf, 0], np.float32)}, {}, "tensor 'w' holds NaN or infinite values"),
         ({"w": ZEROS}, {"client_id": "c8"}, "its task was given to c9"),
         ({"w": ZEROS}, {"task_id": "other/fit/1/c9"}, "its task is not one of this run, or too old"),
@@ -567,3 +574,308 @@ async def test_a_diverged_run_still_writes_valid_json(tmp_path: Path) -> None:
     text = (tmp_path / "history.json").read_text()
     central = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["rounds"][0]["central"]
     assert (central["loss"], central["metrics"]) == (None, {"inf": None, "np": 0.5})
+
+
+# ---- what an attack on it found --------------------------------------------------------------------------------------
+
+
+async def join_as(story: Any, client_id: str) -> Bus:
+    """A member that is only a connection: it joined, has an inbox, and does nothing by itself."""
+    bus: Bus = story.broker.connect(client_id)
+    await bus.declare(client_inbox(client_id))
+    await bus.publish(CONTROL, "", encode(m.Join(client_id=client_id, session="s")))
+    return bus
+
+
+async def inbox_of(bus: Bus, client_id: str, kind: type[m.Message]) -> m.Message:
+    """The first message of one kind in an inbox."""
+    async with asyncio.timeout(10), bus.consume(inbox(client_id), prefetch=0) as consumer:
+        async for delivery in consumer:
+            if isinstance(message := decode(delivery.body), kind):
+                return message
+    raise AssertionError
+
+
+async def test_a_flood_of_joins_without_inboxes_does_not_stop_the_run() -> None:
+    async with federation(app_of(rounds={"num_rounds": 2, "min_fit_clients": 1})) as story:
+        serving = story.start_server()
+        await story.until(o.RunStarted)
+        bus = story.broker.connect("flood")
+        for number in range(3000):
+            await bus.publish(CONTROL, "", encode(m.Join(client_id=f"ghost-{number}", session="s")))
+        story.start_client("c1")
+        history = await serving
+    assert history.finished
+    assert "c1" in {client for record in history.rounds for client in record.clients}
+
+
+async def test_a_stranger_cannot_give_the_initial_model() -> None:
+    async with federation(app_of(initial_parameters=None, rounds={"min_fit_clients": 1, "num_rounds": 1})) as story:
+        serving = story.start_server()
+        run_id = (await story.until(o.RunStarted)).run_id
+        attacker = Attacker(story.broker.connect("evil"), run_id)
+        forged = attacker.update(
+            {"w": np.full(3, 666, np.float32)}, client_id="evil", task_id=f"{run_id}/parameters/0/evil"
+        )
+        await attacker.send(forged)
+        await story.until(o.UpdateRefused)
+        story.start_client("c4")
+        await serving
+        assert story.model()["0"].tolist() == [8, 8, 8]
+
+
+async def test_metrics_that_cannot_travel_are_the_clients_failure_not_its_silence() -> None:
+    class Talkative(AddingClient):
+        def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> Any:
+            return parameters, 1, {str(number): number for number in range(1000)}
+
+    async with federation(app_of(Talkative, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        with pytest.raises(RunFailed, match="metrics: not a map of at most 256 entries"):
+            await story.run("c1")
+
+
+async def test_everybody_who_was_ever_in_is_told_of_the_end() -> None:
+    rounds = {"num_rounds": 1, "min_fit_clients": 1, "min_available_clients": 2, "heartbeat_s": 0.02, "lease_s": 0.1}
+    gate = Gate()
+    async with federation(app_of(gate.client_fn, rounds=rounds)) as story:
+        serving = story.start_server()
+        await story.until(o.RunStarted)
+        silent = await join_as(story, "c9")
+        story.start_client("c1")
+        await story.until(o.MemberLost, client_id="c9")
+        gate.open()
+        await serving
+        ended = await inbox_of(silent, "c9", m.RunEnded)
+    assert isinstance(ended, m.RunEnded)
+    assert ended.finished
+
+
+async def test_a_server_that_fails_sends_its_clients_home() -> None:
+    class Broken(FedAvg):
+        def fold(self, state: Any, update: ClientUpdate) -> None:
+            raise ZeroDivisionError("by zero")
+
+    async with federation(app_of(strategy=Broken(), rounds={"min_fit_clients": 1})) as story:
+        serving, client = story.start_server(), story.start_client("c1")
+        with pytest.raises(RunFailed):
+            await serving
+        ended = await client
+    assert ended is not None
+    assert (ended.finished, ended.reason) == (False, "Broken.fold raised ZeroDivisionError: by zero")
+
+
+async def test_words_of_an_earlier_run_in_the_inbox_mean_nothing() -> None:
+    async with federation(app_of(rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        bus = await join_before_the_server(story)
+        task = m.FitTask(task_id="old/fit/1/c1", run_id="old", round=1, version=0, offset=0, timeout_s=1.0, config={})
+        for message in (
+            m.Welcome(run_id="old", session="another process", epoch=1, heartbeat_s=1, lease_s=2),
+            task,
+            m.RunEnded(run_id="old", finished=True, reason=""),
+        ):
+            await bus.publish("fedbus.tasks", "c1", encode(message))
+        client = story.start_client("c1")
+        await story.until(o.ServerAwaited)
+        assert not client.done()
+        serving = story.start_server()
+        await story.until(o.Welcomed)
+        await bus.publish("fedbus.tasks", "c1", encode(m.RunEnded(run_id="other", finished=False, reason="")))
+        assert (await serving).updates == 1
+        ended = await client
+        assert ended is not None
+        assert ended.finished
+        assert not story.told(o.TaskErred)
+
+
+async def join_before_the_server(story: Any) -> Bus:
+    bus: Bus = story.broker.connect("c1")
+    await bus.declare(ingress())
+    await bus.declare(client_inbox("c1"))
+    return bus
+
+
+async def test_a_client_outlives_its_server_and_serves_the_next() -> None:
+    gate = Gate()
+    async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        dying = story.start_server()
+        client = story.start_client("c1")
+        await story.until(o.TaskStarted)
+        dying.cancel()
+        await asyncio.wait([dying])
+        assert story.server_bus is not None
+        await story.server_bus.close()
+        gate.open()
+        serving = story.start_server()
+        history = await serving
+        ended = await client
+    assert history.updates == 1
+    assert ended is not None
+    assert ended.run_id == history.run_id
+
+
+async def test_parts_that_come_before_their_head_are_kept_for_it() -> None:
+    start: dict[str, Array] = {"w": np.zeros(400_000, np.float32)}
+    app = app_of(initial_parameters=start, rounds={"num_rounds": 1, "min_fit_clients": 1, "fraction_evaluate": 0})
+    async with federation(app) as story:
+        serving = story.start_server()
+        await story.until(o.RunStarted)
+        bus = await join_as(story, "c9")
+        await story.until(o.RoundOpened)
+        run_id = story.told(o.RunStarted)[0].run_id
+        schema, payload = pack({"w": np.ones(400_000, np.float32)})
+        first, second = cut(payload)
+        head = Attacker(bus, run_id).update(
+            {"w": ZEROS}, transfer="late", schema=schema, crc32=crc32(first), payload=first
+        )
+        await bus.publish(UPDATES, "", encode(m.Part(transfer="late", index=1, crc32=crc32(second), payload=second)))
+        await bus.publish(UPDATES, "", encode(head))
+        assert (await serving).updates == 1
+        assert np.unique(story.model()["w"]).tolist() == [1.0]
+
+
+def poll_until(condition: Callable[[], bool]) -> None:
+    """Wait, in a thread, for what no event tells."""
+    give_up_at = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+async def test_uploads_whose_sender_died_are_forgotten_and_leave_the_queue() -> None:
+    start: dict[str, Array] = {"w": np.zeros(400_000, np.float32)}
+    gate = Gate(only="c1")
+    app = app_of(gate.client_fn, initial_parameters=start, rounds={"num_rounds": 1, "min_fit_clients": 1})
+    async with federation(app) as story:
+        serving = story.start_server()
+        assert story.server is not None
+        story.server._stalled_after_s = 0.05
+        story.start_client("c1")
+        await story.until(o.RoundOpened)
+        bus = await join_as(story, "c9")
+        await story.until(o.CohortGrew)
+        run_id = story.told(o.RunStarted)[0].run_id
+        schema, payload = pack({"w": np.ones(400_000, np.float32)})
+        first, second = cut(payload)
+        head = Attacker(bus, run_id).update(
+            {"w": ZEROS}, transfer="dies", schema=schema, crc32=crc32(first), payload=first
+        )
+        await bus.publish(UPDATES, "", encode(head))
+        await bus.publish(UPDATES, "", encode(m.Part(transfer="lost", index=1, crc32=crc32(second), payload=second)))
+        staging = story.server._staging
+        await asyncio.to_thread(poll_until, lambda: {"dies", "lost"} <= set(staging._aborted))
+        gate.open()
+        assert (await serving).updates == 1
+        assert story.broker.depth(UPDATES) == 0
+
+
+async def test_a_strangers_message_cannot_cancel_an_upload_that_is_under_way() -> None:
+    start: dict[str, Array] = {"w": np.zeros(400_000, np.float32)}
+    app = app_of(initial_parameters=start, rounds={"num_rounds": 1, "min_fit_clients": 1, "fraction_evaluate": 0})
+    async with federation(app) as story:
+        serving = story.start_server()
+        await story.until(o.RunStarted)
+        bus = await join_as(story, "c9")
+        await story.until(o.RoundOpened)
+        attacker = Attacker(bus, story.told(o.RunStarted)[0].run_id)
+        schema, payload = pack({"w": np.ones(400_000, np.float32)})
+        first, second = cut(payload)
+        honest = {"transfer": "honest", "schema": schema, "crc32": crc32(first), "payload": first}
+        await attacker.send(attacker.update({"w": ZEROS}, **honest))
+        await attacker.send(attacker.update({"w": ZEROS}, client_id="c8", transfer="forged"))
+        await story.until(o.UpdateRefused)
+        await attacker.send(m.Part(transfer="honest", index=1, crc32=crc32(second), payload=second))
+        assert (await serving).updates == 1
+
+
+async def test_reports_that_nobody_asked_for_are_not_kept() -> None:
+    gate = Gate()
+    async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        serving = story.start_server()
+        story.start_client("c1")
+        run_id = (await story.until(o.Welcomed)).run_id
+        bus = story.broker.connect("c1")
+        for number in range(50):
+            report = m.EvaluateReport(
+                client_id="c1",
+                task_id=f"{run_id}/evaluate/1/{number}",
+                run_id=run_id,
+                loss=0.0,
+                num_examples=1,
+                metrics={},
+            )
+            await bus.publish(CONTROL, "", encode(report))
+        await bus.publish(CONTROL, "", b"garbage")
+        await story.until(o.MessageRejected)  # all of them are through
+        assert story.server is not None
+        assert story.server._evaluate_reports == {}
+        gate.open()
+        await serving
+
+
+async def test_finite_updates_that_add_up_to_infinity_leave_the_model_as_it_is() -> None:
+    class Huge(Client):
+        def __init__(self, context: ClientContext) -> None:
+            pass
+
+        def fit(self, parameters: Tensors, config: Config) -> FitResult:
+            value = 1.7e308 if config["round"] == 1 else 1.0
+            return FitResult(parameters={"w": np.full(3, value)}, num_examples=10**6)
+
+    app = app_of(Huge, initial_parameters={"w": np.zeros(3)}, rounds={"min_fit_clients": 1, "fraction_evaluate": 0})
+    async with federation(app) as story:
+        history = await story.run("c1")
+        assert story.model()["w"].tolist() == [1, 1, 1]
+    assert [(record.version, len(record.folded)) for record in history.rounds] == [(0, 0), (1, 1)]
+
+
+async def test_the_clients_are_sent_home_before_the_last_central_evaluation_and_it_is_waited_for() -> None:
+    gate = Gate()
+
+    def slow(round_: int, model: dict[str, Array]) -> tuple[float, dict[str, Any]]:
+        if round_ == 1:
+            gate._opened.wait(30)
+        return 0.25, {}
+
+    rounds = {"num_rounds": 1, "min_fit_clients": 1}
+    async with federation(app_of(evaluate_fn=slow, rounds=rounds)) as story:
+        serving = story.start_server()
+        ended = await story.start_client("c1")
+        assert ended is not None
+        assert not serving.done()
+        gate.open()
+        history = await serving
+    assert history.rounds[0].central is not None
+    assert history.rounds[0].central.loss == 0.25
+
+
+async def test_a_stream_that_an_earlier_run_left_with_other_settings_is_replaced() -> None:
+    async with federation(app_of(rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        await story.broker.connect("earlier").declare(model_stream(1 << 30))
+        assert (await story.run("c1")).updates == 1
+
+
+async def test_a_version_that_is_no_longer_in_the_stream_is_not_mistaken_for_another() -> None:
+    bus = MemoryBroker().connect()
+    publisher = ModelPublisher(bus, run_id="run", epoch=1)
+    offsets = [(await publisher.publish({"w": np.full(400_000, v, np.float32)}, v))[0] for v in (0, 1)]
+    assert offsets == [0, 2]
+    reader = ModelReader(bus)
+    assert (await reader.read("run", 1, offsets[1]))["w"][0] == 1
+    for run_id, version, offset in (("run", 0, offsets[1]), ("other", 1, offsets[1]), ("run", 0, 1)):
+        with pytest.raises(QueueMissing, match="no longer in the stream"):
+            await reader.read(run_id, version, offset)
+
+
+async def test_parts_of_another_version_are_not_mixed_in() -> None:
+    bus = MemoryBroker().connect()
+    await bus.declare(model_stream(1))
+    schema, payload = pack({"w": np.zeros(400_000, np.float32)})
+    first, second = cut(payload)
+    head = m.Model(
+        run_id="run", epoch=1, version=0, schema=schema, part_bytes=1 << 20, crc32=crc32(first), payload=first
+    )
+    foreign = m.Part(transfer="run/1/9", index=1, crc32=crc32(second), payload=second)
+    for message in (head, foreign):
+        await bus.publish("fedbus.model", "", encode(message))
+    with pytest.raises(QueueMissing, match="not whole"):
+        await ModelReader(bus).read("run", 0, 0)
