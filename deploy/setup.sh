@@ -183,8 +183,9 @@ install_torch() {
     pin=$(grep '^torch==' "$FEDBUS_ROOT/deploy/constraints.txt")
     if wants_cuda "$pin"; then
         say "installing PyTorch (CPU build) ..."
-        pip_install --no-deps --index-url "$FEDBUS_CPU_TORCH" "$pin" ||
-            die "PyTorch's CPU build could not be installed from $FEDBUS_CPU_TORCH: see above"
+        pip_install --no-deps --retries 1 --index-url "$FEDBUS_CPU_TORCH" "$pin" ||
+            die "PyTorch's CPU build could not be fetched from $FEDBUS_CPU_TORCH: open the way there, or install the" \
+                "build of your choice with '.venv/bin/pip install $pin' (gigabytes of CUDA from PyPI), and try again"
     fi
 }
 

@@ -432,6 +432,12 @@ def _find_programs() -> _Programs:
         if not beside:
             raise BrokerMissing(f"Erlang's `epmd` is neither on PATH nor beside {erl}: reinstall Erlang")
         epmd = beside[-1]
+    try:
+        socket.gethostbyname("localhost")  # the node's own name; Erlang takes a minute to find out
+    except OSError as error:
+        raise NodeError(
+            "this machine does not know 'localhost': add the line '127.0.0.1 localhost' to /etc/hosts"
+        ) from error
     return _Programs(script, epmd, path)
 
 
