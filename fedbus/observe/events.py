@@ -16,6 +16,7 @@ from fedbus.rounds.commands import (
 )
 
 __all__ = [
+    "AggregateDiscarded",
     "Announcement",
     "ClientDone",
     "CohortGrew",
@@ -132,8 +133,16 @@ class EvaluationFailed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AggregateDiscarded:
+    """Finite updates added up to something that is not; the model stays as it was."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class MessageRejected:
-    """Bytes on a queue that are none of our messages; they are in the dead-letter queue."""
+    """Bytes on a queue that are none of our messages; from the updates queue they go to the dead letters."""
 
     queue: str
     reason: str

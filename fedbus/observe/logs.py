@@ -24,6 +24,7 @@ _WARNINGS = (
     e.EvaluateFailed,
     e.UpdateRefused,
     e.EvaluationFailed,
+    e.AggregateDiscarded,
     e.MessageRejected,
     e.TaskErred,
     e.RefusalArrived,
@@ -148,6 +149,8 @@ def sentence(event: object) -> str:
             return f"round {event.round}: evaluate_fn failed: {event.reason}"
         case e.ModelPublished():
             return f"model {event.version} published: {event.payload_bytes} bytes, {_plural(event.parts, 'part')}"
+        case e.AggregateDiscarded():
+            return f"round {event.round}: its aggregate is discarded, the model stays: {event.reason}"
         case e.MessageRejected():
             return f"a message on {event.queue} was rejected: {event.reason}"
         case e.RunFinished():

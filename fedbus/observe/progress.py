@@ -104,7 +104,7 @@ class Board:
             case o.FitFailed():
                 self._row(event.client_id).state = "failed"
                 self.announce(sentence(event), "red")
-            case o.EvaluateFailed() | o.EvaluationFailed() | o.MessageRejected():
+            case o.EvaluateFailed() | o.EvaluationFailed() | o.MessageRejected() | o.AggregateDiscarded():
                 self.announce(sentence(event), "red")
             case o.RoundClosed():
                 self._close(event)

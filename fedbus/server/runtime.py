@@ -610,7 +610,7 @@ class Server:
         try:
             await asyncio.to_thread(check_finite, model)
         except UpdateRefused as exc:
-            self._tell(o.MessageRejected(queue=f"the aggregate of round {command.round}", reason=str(exc)))
+            self._tell(o.AggregateDiscarded(round=command.round, reason=str(exc)))
             self._folded = []
             return
         self._model = _frozen(model)

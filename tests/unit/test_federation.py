@@ -825,6 +825,7 @@ async def test_finite_updates_that_add_up_to_infinity_leave_the_model_as_it_is()
     async with federation(app) as story:
         history = await story.run("c1")
         assert story.model()["w"].tolist() == [1, 1, 1]
+        assert story.told(o.AggregateDiscarded)[0].round == 1
     assert [(record.version, len(record.folded)) for record in history.rounds] == [(0, 0), (1, 1)]
 
 
