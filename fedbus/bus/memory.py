@@ -7,6 +7,7 @@ dead letters, expiry, exclusive consumers, streams with offsets.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import itertools
 import time
 from collections import deque
@@ -25,7 +26,7 @@ class _Stored:
     routing_key: str
     user_id: str
     expires_at: float | None
-    place: int
+    place: int  # in a stream: its offset
     deliveries: int = 0
 
 
@@ -33,7 +34,8 @@ class _Stored:
 class _QueueState:
     spec: Queue
     ready: list[_Stored] = field(default_factory=list)  # a stream: everything that is kept
-    first_offset: int = 0
+    next_offset: int = 0
+    segment_filled: int = 0
     consumers: deque[_MemoryConsumer] = field(default_factory=deque)
 
     @property
@@ -113,10 +115,20 @@ class MemoryBroker:
         names = {name for key, name in state.bindings if fits_all or key == routing_key}
         for name in names:
             queue = self._queues[name]
-            queue.ready.append(_Stored(body, routing_key, user, expires_at, next(self._places)))
+            place = self._next_offset(queue, len(body)) if queue.is_stream else next(self._places)
+            queue.ready.append(_Stored(body, routing_key, user, expires_at, place))
             self._trim_stream(queue)
             self._dispatch(queue)
         return len(names)
+
+    def _next_offset(self, queue: _QueueState, size: int) -> int:
+        """Offsets grow, but not by one: RabbitMQ writes a chunk of its own at the head of each new segment."""
+        if queue.spec.segment_bytes is not None and queue.segment_filled >= queue.spec.segment_bytes:
+            queue.segment_filled = 0
+            queue.next_offset += 1
+        queue.segment_filled += size
+        queue.next_offset += 1
+        return queue.next_offset - 1
 
     def _trim_stream(self, queue: _QueueState) -> None:
         if not queue.is_stream or queue.spec.max_bytes is None:
@@ -124,7 +136,6 @@ class MemoryBroker:
         excess = sum(len(stored.body) for stored in queue.ready) - queue.spec.max_bytes
         while excess > 0 and len(queue.ready) > 1:
             excess -= len(queue.ready.pop(0).body)
-            queue.first_offset += 1
 
     def _dispatch(self, queue: _QueueState) -> None:
         if queue.is_stream:
@@ -263,14 +274,12 @@ class _MemoryConsumer(Consumer):
         self._position = self._start(offset)
 
     def _start(self, offset: Offset | None) -> int:
-        end = self._queue.first_offset + len(self._queue.ready)
-        if offset == "first":
-            return self._queue.first_offset
-        if offset == "last":
-            return max(self._queue.first_offset, end - 1)
+        kept = self._queue.ready if self._queue.is_stream else []
         if isinstance(offset, int):
             return offset
-        return end
+        if offset == "first":
+            return 0
+        return kept[-1].place if offset == "last" and kept else self._queue.next_offset
 
     @property
     def _has_room(self) -> bool:
@@ -278,10 +287,12 @@ class _MemoryConsumer(Consumer):
 
     def _pull_stream(self) -> None:
         # An offset that retention has dropped is clamped silently, as RabbitMQ does.
-        self._position = max(self._position, self._queue.first_offset)
-        while self._has_room and self._position < self._queue.first_offset + len(self._queue.ready):
-            self._hand_over(self._queue.ready[self._position - self._queue.first_offset], self._position)
-            self._position += 1
+        start = bisect.bisect_left(self._queue.ready, self._position, key=lambda stored: stored.place)
+        for stored in self._queue.ready[start:]:
+            if not self._has_room:
+                break
+            self._hand_over(stored, stored.place)
+            self._position = stored.place + 1
 
     def _hand_over(self, stored: _Stored, offset: int | None = None) -> None:
         tag = next(self._tags)

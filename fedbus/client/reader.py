@@ -43,17 +43,15 @@ class ModelReader:
                 raise QueueMissing(f"model {version} is no longer in the stream")
             assembly = Assembly(head.schema, head.part_bytes)
             assembly.add(0, head.crc32, head.payload)
-            at = offset
             while assembly.missing:
-                at += 1
-                part = await self._next(consumer, version, at)
+                part = await self._next(consumer, version, offset)
                 if not isinstance(part, Part) or part.transfer != head.transfer:
                     raise QueueMissing(f"model {version} is not whole in the stream")
                 assembly.add(part.index, part.crc32, part.payload)
         return assembly.tensors()
 
     async def _next(self, consumer: Consumer, version: int, offset: int) -> Message:
-        """The message at `offset`; chunks may begin before it."""
+        """The next message at `offset` or behind it: a chunk may begin before, and offsets leave gaps."""
         try:
             async with asyncio.timeout(_SILENCE_S):
                 while True:

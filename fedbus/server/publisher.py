@@ -15,20 +15,31 @@ from fedbus.wire.transfer import PART_BYTES, crc32, cut
 
 
 class ModelPublisher:
-    """Writes model versions into the stream, each once, however many clients read it."""
+    """Writes model versions into the stream, each once, however many clients read it.
+
+    Publishers are not told offsets, and offsets are not consecutive (RabbitMQ takes one for itself whenever a segment
+    of the stream is full). So the end of the stream is read back, after each version and off its way: where it ended
+    is where the next version begins, or a gap before it.
+    """
 
     def __init__(self, bus: Bus, *, run_id: str, epoch: int) -> None:
         self._bus = bus
         self._run_id = run_id
         self._epoch = epoch
         self._next_offset: int | None = None
+        self._last: tuple[str, int] | None = None  # transfer and index of the part published last
         self._is_declared = False
 
     async def publish(self, model: Tensors, version: int) -> tuple[int, int, int]:
-        """Publish `version`; the offset of its head, its parts and its payload bytes."""
+        """Publish `version`; where to begin to read for it, its parts and its payload bytes.
+
+        The first message at that offset or behind it is the version's head.
+        """
         schema, payload = await asyncio.to_thread(pack, model)
         if not self._is_declared:
             await self._declare(payload.nbytes)
+        if self._last is not None:
+            await self.find_end()
         head, *rest = cut(payload)
         message = Model(
             run_id=self._run_id,
@@ -41,14 +52,20 @@ class ModelPublisher:
         )
         # One confirm awaited per part: then each message is a chunk of its own, which readers fetch one by one.
         await self._bus.publish(MODEL, "", encode(message))
+        if self._next_offset is None:  # only now is there anything of ours to find
+            self._next_offset = await self._end_of(message.transfer, 0)
+        offset = self._next_offset
         for index, part in enumerate(rest, 1):
             further = Part(transfer=message.transfer, index=index, crc32=crc32(part), payload=part)
             await self._bus.publish(MODEL, "", encode(further))
-        count = 1 + len(rest)
-        if self._next_offset is None:
-            self._next_offset = await self._end_of(message.transfer, count) + 1 - count
-        first, self._next_offset = self._next_offset, self._next_offset + count
-        return first, count, payload.nbytes
+        self._last = (message.transfer, len(rest))
+        return offset, 1 + len(rest), payload.nbytes
+
+    async def find_end(self) -> None:
+        """Learn where the stream ends now, unless that is known: it can wait until the version is on its way."""
+        if self._last is not None:
+            self._next_offset = await self._end_of(*self._last) + 1
+            self._last = None
 
     async def _declare(self, model_bytes: int) -> None:
         topology = model_stream(model_bytes)
@@ -60,12 +77,12 @@ class ModelPublisher:
             await self._bus.declare(topology)
         self._is_declared = True
 
-    async def _end_of(self, transfer: str, count: int) -> int:
-        """The offset of the transfer's last part. Publishers are not told offsets: read the end back, once."""
+    async def _end_of(self, transfer: str, index: int) -> int:
+        """The offset of the part that was published last."""
         async with asyncio.timeout(60), self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
             async for delivery in consumer:
                 await consumer.ack(delivery)
-                if _is_part(delivery.body, transfer, count - 1):
+                if _is_part(delivery.body, transfer, index):
                     assert delivery.offset is not None
                     return delivery.offset
         raise AssertionError("a consumer ends only by raising")

@@ -576,6 +576,7 @@ class Server:
         await self._save()
         await self._evaluate_centrally(0)
         self._events.put(e.ModelReady())
+        await self._publisher.find_end()
 
     async def _commit(self, command: c.Commit) -> None:
         assert self._model is not None
@@ -603,6 +604,7 @@ class Server:
             )
         )
         if self._version != command.version:
+            await self._publisher.find_end()  # while the clients fetch it
             await self._evaluate_centrally(command.round)
 
     async def _keep_if_finite(self, command: c.Commit, model: dict[str, Array]) -> None:

@@ -96,6 +96,30 @@ def test_run_gives_the_hand_computed_weighted_mean(shell: Shell) -> None:
     np.testing.assert_allclose(load_model(shell.folder / "out" / "model.safetensors")["0"], [3 * step] * 3, atol=1e-6)
 
 
+def test_a_model_of_many_parts_passes_through_segment_after_segment_of_the_stream(shell: Shell) -> None:
+    source = """
+import numpy as np
+import fedbus as fb
+
+class Same(fb.Client):
+    def __init__(self, context):
+        pass
+
+    def fit(self, parameters, config):
+        return fb.FitResult(parameters={"w": parameters["w"] + np.float32(1)}, num_examples=1)
+
+app = fb.App(
+    client_fn=Same,
+    initial_parameters={"w": np.zeros(5 << 20, np.float32)},
+    rounds=fb.RoundConfig(num_rounds=12, min_fit_clients=2, fraction_evaluate=0),
+)
+"""
+    done = shell.run("run", write(shell.folder, source), "--clients", "2", "--run-dir", "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["updates"] == 24  # 240 MiB through a stream of 64 MiB segments
+    assert np.unique(load_model(shell.folder / "out" / "model.safetensors")["w"]).tolist() == [12]
+
+
 def test_one_client_with_all_the_digits_equals_training_them_alone(shell: Shell) -> None:
     source = """
 import dataclasses

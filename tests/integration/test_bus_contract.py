@@ -379,6 +379,29 @@ async def test_the_last_of_a_stream_is_exactly_the_last_message(bus: Bus, stream
     assert await read(bus, stream, "last", 1) == [(4, 4)]
 
 
+async def test_the_offsets_of_a_stream_leave_a_gap_at_the_end_of_each_segment(bus: Bus, name: Iterator[str]) -> None:
+    stream = next(name)
+    await declare(bus, stream, kind="stream", max_bytes=1 << 26, segment_bytes=1 << 20)
+    for i in range(12):
+        await bus.publish(stream, "", bytes([i]) * 300_000)
+    async with bus.consume(stream, prefetch=3, offset="first") as consumer:
+        found = []
+        for _ in range(12):
+            (delivery,) = await take(consumer, 1)
+            await consumer.ack(delivery)
+            found.append((delivery.body[0], delivery.offset))
+    assert [body for body, _ in found] == list(range(12))
+    assert [offset for _, offset in found] == [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13]
+    assert (await read_offsets(bus, stream, 4))[0] == 5  # the gap itself holds nothing
+    assert await read_offsets(bus, stream, "last") == [13]
+    await bus.delete_queue(stream)
+
+
+async def read_offsets(bus: Bus, stream: str, offset: object) -> list[int | None]:
+    async with bus.consume(stream, prefetch=1, offset=offset) as consumer:  # type: ignore[arg-type]
+        return [delivery.offset for delivery in await take(consumer, 1)]
+
+
 async def test_a_stream_waits_for_what_is_to_come(open_bus: Connect, stream: str) -> None:
     bus, other = await open_bus(), await open_bus()
     await publish_numbers(bus, stream, 2)

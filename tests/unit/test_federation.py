@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -853,6 +854,26 @@ async def test_a_stream_that_an_earlier_run_left_with_other_settings_is_replaced
     async with federation(app_of(rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
         await story.broker.connect("earlier").declare(model_stream(1 << 30))
         assert (await story.run("c1")).updates == 1
+
+
+async def test_every_version_is_found_whatever_gaps_the_stream_has() -> None:
+    bus = MemoryBroker().connect()
+    topology = model_stream(1)
+    small = dataclasses.replace(topology.queues[0], segment_bytes=(3 << 20) + 1)
+    await bus.declare(dataclasses.replace(topology, queues=(small,)))
+    publisher = ModelPublisher(bus, run_id="run", epoch=1)
+    publisher._is_declared = True
+    offsets = []
+    for version in range(12):
+        offset, parts, _ = await publisher.publish({"w": np.full(400_000, version, np.float32)}, version)
+        offsets.append(offset)
+        assert parts == 2
+        if version % 3:  # whether there was time for it or not
+            await publisher.find_end()
+    assert offsets != [2 * version for version in range(12)]  # there are gaps
+    for version, offset in enumerate(offsets):
+        model = await ModelReader(bus).read("run", version, offset)
+        assert np.unique(model["w"]).tolist() == [version]
 
 
 async def test_a_version_that_is_no_longer_in_the_stream_is_not_mistaken_for_another() -> None:
