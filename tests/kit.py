@@ -46,10 +46,11 @@ class AddingClient(NumPyClient):
 
 
 class Gate:
-    """Clients whose fit waits until the gate is opened; with `only`, that client alone."""
+    """Clients whose fit waits until the gate is opened; with `only` that client alone, with `in_round` that round."""
 
-    def __init__(self, only: str | None = None) -> None:
+    def __init__(self, only: str | None = None, in_round: int | None = None) -> None:
         self._only = only
+        self._in_round = in_round
         self._opened = threading.Event()
 
     def open(self) -> None:
@@ -62,7 +63,7 @@ class Gate:
             def fit(
                 self, parameters: list[Array], config: dict[str, Scalar]
             ) -> tuple[list[Array], int, dict[str, Scalar]]:
-                if gate._only in (None, self.context.client_id):
+                if gate._only in (None, self.context.client_id) and gate._in_round in (None, config["round"]):
                     gate._opened.wait(30)
                 return super().fit(parameters, config)
 

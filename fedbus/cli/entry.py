@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
 
 
 def main() -> None:
     """Import the command line and run it."""
-    try:
-        from fedbus.cli.main import main as run
-    except KeyboardInterrupt:
-        sys.stderr.write("fedbus: interrupted\n")
-        sys.exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
+    from fedbus.cli.main import main as run
+
     run()
+
+
+def _interrupted(*_: object) -> None:
+    # No exception: numpy's import turns one into an ImportError and pages of advice.
+    os.write(2, b"fedbus: interrupted\n")
+    os._exit(1)

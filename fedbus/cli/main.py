@@ -22,6 +22,7 @@ from fedbus.cli.options import (
     LogJson,
     RunDir,
     broker_or_detached,
+    interrupt_as_error,
     is_debug,
     is_json,
     log_level,
@@ -153,6 +154,7 @@ def client(
 
 def main() -> NoReturn:
     """What the console script runs. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+    interrupt_as_error()
     try:
         app()
     except FedbusError as exc:

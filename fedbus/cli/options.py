@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -64,11 +65,29 @@ def log_level() -> int:
 
 
 def run_async(story: Coroutine[Any, Any, T]) -> T:
-    """asyncio.run, with a Ctrl-C that nobody handles as an error like others."""
+    """asyncio.run, with a Ctrl-C or SIGTERM that nobody else handles as an error like others."""
+
+    async def main() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await story
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio.run replaces no other
     try:
-        return asyncio.run(story)
-    except KeyboardInterrupt as exc:
+        return asyncio.run(main())
+    except (KeyboardInterrupt, asyncio.CancelledError) as exc:
         raise RunFailed("interrupted") from exc
+
+
+def interrupt_as_error() -> None:
+    """Make Ctrl-C and SIGTERM errors like others, outside of asyncio."""
+
+    def interrupted(*_: object) -> None:
+        raise RunFailed("interrupted")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
 
 
 def broker_or_detached(broker: str | None) -> str:

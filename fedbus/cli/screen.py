@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from fedbus.cli.options import log_level
-from fedbus.errors import RunFailed, UsageError
+from fedbus.errors import FedbusError, RunFailed
 from fedbus.observe import events as o
 from fedbus.observe.curves import save_curves
 from fedbus.observe.logs import also_into, log_event, number, set_up
@@ -55,12 +55,15 @@ def _folder_named(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     try:
         yield
     except RunFailed as exc:
+        if not run_dir.exists():
+            raise
         raise RunFailed(f"{exc} (run folder: {run_dir})") from exc
-    except UsageError:
-        (run_dir / "server.log").unlink(missing_ok=True)
-        if is_new:
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()
+    except FedbusError:
+        if not (run_dir / "history.json").exists():
+            (run_dir / "server.log").unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()
         raise
 
 

@@ -54,6 +54,7 @@ _LOGGER = logging.getLogger("fedbus.client")
 
 _JOIN_EVERY_S = (0.5, 5.0)
 _PARTS_AT_ONCE = 16
+_GOODBYE_PATIENCE_S = 3.0
 _PRIORITY = {m.ParametersTask: 0, m.FitTask: 1, m.EvaluateTask: 2}
 """Training first: an evaluation must not hold a round up."""
 
@@ -198,8 +199,9 @@ class ClientRuntime:
         leave = m.Leave(
             client_id=self._client_id, session=self._session, run_id=self._run_id or "", reason="it was asked to stop"
         )
-        with contextlib.suppress(BrokerError):
-            await self._bus.publish(CONTROL, "", encode(leave), expires_s=self._lease_s, timeout_s=3)
+        with contextlib.suppress(BrokerError, TimeoutError):
+            async with asyncio.timeout(_GOODBYE_PATIENCE_S):  # under a broker's alarm nothing gets through
+                await self._bus.publish(CONTROL, "", encode(leave), expires_s=self._lease_s)
 
     # ---- inbox ---------------------------------------------------------------------------------------------------
 
@@ -225,6 +227,7 @@ class ClientRuntime:
                 if message.run_id != self._run_id:
                     self._run_id = message.run_id
                     self._newest_fit = 0
+                    self._context.cancel()  # whatever is being trained, it is for a run that is over
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
                 self._work.set()
@@ -250,7 +253,8 @@ class ClientRuntime:
             if pending.task.run_id == self._run_id and not self._is_superseded(pending.task):
                 await self._answer(pending.task)
                 self._answered = pending.task.task_id
-                if isinstance(pending.task, m.FitTask):
+                is_current = pending.task.run_id == self._run_id  # another server may have come meanwhile
+                if isinstance(pending.task, m.FitTask) and is_current:
                     self._newest_fit = pending.task.round
             assert self._inbox is not None
             await self._inbox.ack(pending.delivery)
@@ -328,6 +332,8 @@ class ClientRuntime:
             return update_delta(model, result.parameters), result.num_examples, result.metrics
 
         delta, num_examples, metrics = await self._in_thread("fit", fit_and_subtract)
+        if task.run_id != self._run_id:
+            return  # the run ended while we trained: nobody wants it
         await self._upload(task, version=task.version, tensors=delta, num_examples=num_examples, metrics=metrics)
 
     async def _evaluate(self, task: m.EvaluateTask) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "RefusalArrived",
     "RoundClosed",
     "RoundOpened",
+    "RunClosing",
     "RunFinished",
     "RunStarted",
     "ServerAwaited",
@@ -145,6 +146,14 @@ class MessageRejected:
     """Bytes on a queue that are none of our messages; from the updates queue they go to the dead letters."""
 
     queue: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunClosing:
+    """The last round is behind us: the clients are being sent home, the last central evaluations go on."""
+
+    finished: bool
     reason: str
 
 

@@ -11,12 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
+from fedbus.errors import one_line
 from fedbus.observe import events as e
 
 _LOGGER = logging.getLogger("fedbus")
 _FOR_PEOPLE = logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
 
 _MAX_METRICS = 8
+_MAX_NAMES = 16
 
 _WARNINGS = (
     e.MemberLost,
@@ -29,7 +31,7 @@ _WARNINGS = (
     e.TaskErred,
     e.RefusalArrived,
 )
-_DETAILS = (e.ModelPublished, e.TaskStarted, e.ReceiptArrived)
+_DETAILS = (e.RunClosing, e.ModelPublished, e.TaskStarted, e.ReceiptArrived)
 
 
 def log_event(event: object) -> None:
@@ -101,7 +103,11 @@ def _plural(count: int, noun: str) -> str:
 
 
 def sentence(event: object) -> str:
-    """What happened, in one line."""
+    """What happened, in one line that no client can break."""
+    return one_line(_sentence(event), 2000)
+
+
+def _sentence(event: object) -> str:
     match event:
         case e.Announcement():
             return event.text
@@ -121,7 +127,9 @@ def sentence(event: object) -> str:
             tasked = _plural(len(event.cohort), "client")
             return f"round {event.round}: {tasked} tasked with model {event.version}"
         case e.CohortGrew():
-            return f"round {event.round}: also tasked: {', '.join(event.clients)}"
+            more = len(event.clients) - _MAX_NAMES
+            shown = ", ".join(event.clients[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+            return f"round {event.round}: also tasked: {shown}"
         case e.UpdateFolded():
             late = f", {_plural(event.staleness, 'version')} late" if event.staleness else ""
             examples = _plural(event.num_examples, "example")
@@ -153,6 +161,8 @@ def sentence(event: object) -> str:
             return f"round {event.round}: its aggregate is discarded, the model stays: {event.reason}"
         case e.MessageRejected():
             return f"a message on {event.queue} was rejected: {event.reason}"
+        case e.RunClosing():
+            return f"the clients are sent home: {event.reason}"
         case e.RunFinished():
             verb = "finished" if event.finished else "ended early"
             return f"run {verb}: {event.reason} ({_plural(event.rounds, 'round')}, {event.seconds:.1f} s)"

@@ -64,6 +64,7 @@ class _Round:
     lost: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # client_id -> reason
     is_in_grace: bool = False
+    recheck_at: float = math.inf  # when somebody who is busy now may be asked after all
 
 
 @dataclass(slots=True)
@@ -180,11 +181,11 @@ class Engine:
             return None
         times = [self._members.next_expiry()]
         if self._round is not None and self._phase is Phase.OPEN:
-            times.append(self._round.closes_at)
+            times += [self._round.closes_at, self._round.recheck_at]
         times += [evaluation.closes_at for evaluation in self._evaluations.values()]
         if self._parameters_task is not None:
             times.append(self._parameters_due_at)
-        return min((time for time in times if time is not None), default=None)
+        return min((time for time in times if time is not None and time < math.inf), default=None)
 
     def _settle_down(self) -> list[Command]:
         """Draw every consequence of the state as it is now, and hand out the commands."""
@@ -194,6 +195,8 @@ class Engine:
         self._out += self._follow_up
         self._follow_up = []
         if self._phase is Phase.OPEN:
+            if self._round is not None and self._round.recheck_at <= self._now < self._round.closes_at:
+                self._grow_cohort()
             self._close_if_due()
         self._close_evaluations()
         self._end_if_due()
@@ -332,9 +335,13 @@ class Engine:
 
     def _new_tasks(self, round_: _Round) -> list[c.SendFitTask]:
         places = self._places(round_)
+        round_.recheck_at = math.inf
         if places <= 0:  # the usual case, once per update: no look at every member
             return []
         chosen = sample(self._seed, round_.number, "fit", self._eligible(round_), places)
+        if len(chosen) < places:
+            busy = (m.fit_task for m in self._members if m.client_id not in round_.cohort and self._is_busy(m))
+            round_.recheck_at = min((self._tasks[task].due_at for task in busy if task), default=math.inf)
         return [self._new_task(round_, client_id) for client_id in chosen]
 
     def _places(self, round_: _Round) -> int:
@@ -603,6 +610,7 @@ class Engine:
         round_ = self._round
         assert round_ is not None, "a commit that was not asked for"
         assert (self._phase, round_.number) == (Phase.CLOSING, commit.round), "a commit that was not asked for"
+        is_new_model = commit.version != self._version
         self._version = commit.version
         self._committed_rounds += 1
         self._round = None
@@ -615,7 +623,7 @@ class Engine:
             for event in held:
                 self._tasks[event.task_id].state = TaskState.WORKING
                 self._received(event)
-        if round_.folded and self._stop is None:
+        if is_new_model and self._stop is None:
             self._open_evaluation(round_.number)
 
     # ---- federated evaluation ------------------------------------------------------------------------------------

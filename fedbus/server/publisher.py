@@ -6,7 +6,7 @@ import asyncio
 
 from fedbus.bus.base import Bus
 from fedbus.bus.topology import MODEL, model_stream
-from fedbus.errors import DecodeError, QueueMismatch
+from fedbus.errors import DecodeError, QueueMismatch, QueueMissing
 from fedbus.types import Tensors
 from fedbus.wire.arrays import pack
 from fedbus.wire.codec import decode, encode
@@ -79,13 +79,16 @@ class ModelPublisher:
 
     async def _end_of(self, transfer: str, index: int) -> int:
         """The offset of the part that was published last."""
-        async with asyncio.timeout(60), self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
-            async for delivery in consumer:
-                await consumer.ack(delivery)
-                if _is_part(delivery.body, transfer, index):
-                    assert delivery.offset is not None
-                    return delivery.offset
-        raise AssertionError("a consumer ends only by raising")
+        try:
+            async with asyncio.timeout(60), self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
+                while True:
+                    delivery = await consumer.receive()
+                    await consumer.ack(delivery)
+                    if _is_part(delivery.body, transfer, index):
+                        assert delivery.offset is not None
+                        return delivery.offset
+        except TimeoutError:
+            raise QueueMissing("the model stream was emptied by somebody else: start the run anew") from None
 
 
 def _is_part(body: bytes, transfer: str, index: int) -> bool:

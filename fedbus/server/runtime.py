@@ -145,6 +145,7 @@ class Server:
         self._sending: set[asyncio.Task[None]] = set()
         self._user_thread = UserThread("fedbus-evaluate")
         self._ended = asyncio.Event()
+        self._stopping = asyncio.Event()
         self._started_at = time.monotonic()
         self._model: dict[str, Array] | None = None
         self._version = 0
@@ -170,6 +171,7 @@ class Server:
 
     def request_stop(self, reason: str) -> None:
         """End the run early: a commit that is under way is finished, an open round is given up."""
+        self._stopping.set()
         self._events.put(e.StopRequested(reason=reason))
 
     async def run(self) -> History:
@@ -236,7 +238,7 @@ class Server:
                 self._aggregate(),
                 self._evaluate(),
                 self._drive(engine),
-                self._forget_stalled(),
+                self._forget_stalled(engine),
             ]
             tasks = [group.create_task(coroutine) for coroutine in work]
             if model is not None:
@@ -364,7 +366,7 @@ class Server:
     def _report_invalid(self, token: int, reason: str) -> None:
         update = self._staging.get(token)
         self._events.put(
-            e.UpdateInvalid(client_id=update.client_id, task_id=update.task_id, delivery=token, reason=reason)
+            e.UpdateInvalid(client_id=update.client_id, task_id=update.task_id, delivery=token, reason=one_line(reason))
         )
 
     async def _forget(self, transfers: list[str], *, but: str = "") -> None:
@@ -374,10 +376,17 @@ class Server:
             for delivery in self._staging.abort(transfer) if transfer != but else ():
                 await self._updates.ack(delivery)
 
-    async def _forget_stalled(self) -> None:
+    async def _forget_stalled(self, engine: Engine) -> None:
+        """Uploads whose sender is gone; one that lives may be held up by an alarm of the broker."""
         while True:
             await asyncio.sleep(self._stalled_after_s / 4)
-            await self._forget(self._staging.stalled(time.monotonic() - self._stalled_after_s))
+            for transfer in self._staging.stalled(time.monotonic() - self._stalled_after_s):
+                head = self._staging.head_of(transfer)
+                if head is None:
+                    await self._forget([transfer])
+                elif head.client_id not in engine.members or not engine.awaits(head.task_id, head.client_id):
+                    reason = f"its upload stopped half-way, {self._stalled_after_s:.0f} s ago"
+                    self._report_invalid(self._staging.give_up(transfer), reason)
 
     # ---- the engine ----------------------------------------------------------------------------------------------
 
@@ -586,6 +595,8 @@ class Server:
             _check_same_kind(self._model, model)
             await self._keep_if_finite(command, model)
         record = self._record(command)
+        if command.folded and self._version == command.version:
+            record.reason = "discarded"
         if self._version != command.version:
             await self._save()
             await self._publish()
@@ -595,7 +606,7 @@ class Server:
             o.RoundClosed(
                 round=command.round,
                 version=self._version,
-                reason=command.reason.value,
+                reason=record.reason,
                 folded=len(record.folded),
                 cohort=len(command.cohort),
                 unfinished=command.unfinished,
@@ -614,6 +625,7 @@ class Server:
         except UpdateRefused as exc:
             self._tell(o.AggregateDiscarded(round=command.round, reason=str(exc)))
             self._folded = []
+            self._last_failure = f"the aggregate of round {command.round}: {exc}"
             return
         self._model = _frozen(model)
         self._version += 1
@@ -672,7 +684,7 @@ class Server:
 
     async def _evaluate_centrally(self, round: int) -> None:
         if self._app.evaluate_fn is not None and self._model is not None:
-            await self._central.put((round, self._model))
+            await self._unless_stopped(self._central.put((round, self._model)))
 
     async def _evaluate(self) -> None:
         while True:
@@ -746,19 +758,18 @@ class Server:
     # ---- the end -------------------------------------------------------------------------------------------------
 
     async def _end(self, command: c.EndRun) -> None:
-        while not command.finished and not self._central.empty():  # nobody waits for these any more
-            self._central.get_nowait()
-            self._central.task_done()
         await self._jobs.join()
-        # To everybody who was ever in: one whose lease ran out may be there all the same.
-        for client_id in self._history.clients_joined:
-            await self._outbound.put((client_id, self._goodbye(command.finished, command.reason), _GOODBYE_S))
+        self._tell(o.RunClosing(finished=command.finished, reason=command.reason))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(10):
+                # To everybody who was ever in: one whose lease ran out may be there all the same.
+                for client_id in self._history.clients_joined:
+                    await self._outbound.put((client_id, self._goodbye(command.finished, command.reason), _GOODBYE_S))
                 await self._outbound.join()
-        if command.finished:  # the clients need not wait for this
-            await self._central.join()
         await self._note_end(finished=command.finished, reason=command.reason)
+        if command.finished:  # the clients need not wait for this
+            await self._unless_stopped(self._central.join())
+            await self._note_end(finished=True, reason=command.reason)
         self._tell(
             o.RunFinished(
                 finished=command.finished,
@@ -768,6 +779,15 @@ class Server:
             )
         )
         self._ended.set()
+
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """Wait, but not for a slow evaluate_fn once we were asked to stop."""
+        tasks = [asyncio.ensure_future(waiting), asyncio.ensure_future(self._stopping.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _goodbye(self, finished: bool, reason: str) -> m.RunEnded:
         return m.RunEnded(run_id=self._run_id, finished=finished, reason=reason)

@@ -126,6 +126,16 @@ class Staging:
             deliveries.append(_bare(delivery))
         return self.keep(head, deliveries, None)
 
+    def head_of(self, transfer: str) -> Update | None:
+        """The head of a transfer under way; None when only parts of it have come."""
+        known = self._transfers.get(transfer)
+        return None if known is None else known.head
+
+    def give_up(self, transfer: str) -> int:
+        """Like `refuse`, for a transfer of which nothing more comes."""
+        head = self._transfers[transfer].head
+        return self.keep(head, self.abort(transfer), None)
+
     def is_aborted(self, transfer: str) -> bool:
         """True for further parts of a transfer that was given up."""
         return transfer in self._aborted

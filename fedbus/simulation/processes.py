@@ -180,15 +180,20 @@ async def run_federation(
             stack.enter_async_context(broker_or_private(broker)), asyncio.to_thread(load), clients.load()
         )
         names = client_names(num_clients)
-        serving = asyncio.create_task(
-            serve(app, broker=url, run_dir=run_dir, observers=[*observers, *([director.observe] if director else [])])
-        )
+        closing = asyncio.Event()
+
+        def watch(event: object) -> None:
+            if isinstance(event, o.RunClosing):
+                closing.set()
+
+        told = [*observers, watch, *([director.observe] if director else [])]
+        serving = asyncio.create_task(serve(app, broker=url, run_dir=run_dir, observers=told))
         try:
             if director is not None:
                 director.begin(clients, url, num_partitions)
             for partition, name in enumerate(names):
                 await clients.spawn(name, broker=url, partition=partition, num_partitions=num_partitions)
-            watching = asyncio.create_task(_fail_when_deserted(clients))
+            watching = asyncio.create_task(_fail_when_deserted(clients, closing))
             await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
                 await watching
@@ -203,9 +208,11 @@ async def run_federation(
         return history
 
 
-async def _fail_when_deserted(clients: ClientProcesses) -> None:
+async def _fail_when_deserted(clients: ClientProcesses, closing: asyncio.Event) -> None:
     await clients.all_exited()
-    await asyncio.sleep(5)  # the end of the run makes them go, too: the server's word comes first
+    await asyncio.sleep(1)  # what the server has to say comes first
+    if closing.is_set():
+        await asyncio.Event().wait()  # they were sent home
     raise RunFailed(f"every client process has ended; their last words are in {clients._log_dir}")
 
 

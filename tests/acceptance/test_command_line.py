@@ -360,6 +360,14 @@ def test_however_a_run_is_ended_nothing_of_it_is_left(shell: Shell, number: sign
     poll(lambda: not shell.leftovers(), 15, shell.leftovers)
 
 
+def test_a_slow_evaluate_fn_is_waited_for_when_the_clients_are_gone(shell: Shell) -> None:
+    slow = 'evaluate_fn=lambda round, model: time.sleep(3 * (round == 3)) or (float(model["0"][0]), {})'
+    source = ADDING_APP.replace('evaluate_fn=lambda round, model: (float(model["0"][0]), {})', slow)
+    done = shell.run("run", write(shell.folder, source), "--clients", "3", "--run-dir", "out")
+    assert done.returncode == 0, done.stderr
+    assert history_of(shell.folder / "out")["rounds"][2]["central"]["loss"] > 0
+
+
 def test_a_client_process_that_dies_in_a_run_is_noticed_and_the_run_goes_on(shell: Shell) -> None:
     rounds = "min_fit_clients=2, min_available_clients=3, grace_s=float('inf')"  # each round waits for the living
     app = write(shell.folder, SLOW_APP.replace("min_fit_clients=3", rounds))

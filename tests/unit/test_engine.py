@@ -349,6 +349,20 @@ def test_a_client_that_never_answers_is_asked_again_once_its_time_is_up() -> Non
     assert one(story.update("c", 1), c.Fold).staleness == 2  # and the old update counts all the same
 
 
+def test_a_straggler_whose_time_is_up_is_asked_at_once_where_the_round_has_room() -> None:
+    story = Story(lease_s=1000.0, min_fit_clients=2)
+    story.join("a", "b")
+    story.wait(50)
+    story.join("late")  # due at 150
+    story.update("a", 1)
+    story.happens(e.ClientLeft(client_id="b", session="b", reason="bye"))
+    story.wait(50)  # round 1 times out
+    assert tasked(story.commit()) == {"a"}
+    story.update("a", 2)
+    assert not all_of(story.wait(49), c.SendFitTask)
+    assert tasked(story.wait(1)) == {"late"}
+
+
 def test_a_client_that_does_not_send_the_model_in_time_is_given_up_for_another() -> None:
     story = Story(has_model=False, lease_s=1000.0)
     first = one(story.join("a", "b"), c.RequestParameters)
@@ -619,6 +633,20 @@ class _Chaos:
     def step(self) -> None:
         actions = [self.join, self.beat, self.answer, self.answer, self.answer, self.evaluate, self.wait, self.commit]
         self.rng.choice([*actions, self.leave, self.fail, self.invalid, self.forge])()
+        self.check_state()
+
+    def check_state(self) -> None:
+        """What the engine keeps beside the tasks agrees with them, and the clock is not asked to stand still."""
+        engine = self.story.engine
+        round_ = engine._round
+        if round_ is not None and engine.phase is Phase.OPEN:
+            tasks = {client: engine._tasks[task] for client, task in round_.cohort.items()}
+            assert round_.working == {client for client, task in tasks.items() if task.state.value == "working"}
+        deadline = engine.next_deadline()
+        if deadline is not None and deadline <= self.story.now:
+            self.story.wait(0)
+            deadline = engine.next_deadline()
+            assert deadline is None or deadline > self.story.now
 
     def join(self) -> None:
         name = self.rng.choice(self.names)

@@ -19,6 +19,7 @@ from fedbus.bus.topology import CONTROL, DEAD, UPDATES, client_inbox, inbox, ing
 from fedbus.client.reader import ModelReader
 from fedbus.errors import BrokerClosed, QueueBusy, QueueMissing, RunFailed
 from fedbus.observe import events as o
+from fedbus.observe.logs import sentence
 from fedbus.server.checkpoint import load_model
 from fedbus.server.publisher import ModelPublisher
 from fedbus.strategies.base import ClientUpdate
@@ -695,21 +696,23 @@ async def join_before_the_server(story: Any) -> Bus:
     return bus
 
 
-async def test_a_client_outlives_its_server_and_serves_the_next() -> None:
-    gate = Gate()
-    async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+async def test_a_client_outlives_its_server_and_serves_the_next_from_its_first_round() -> None:
+    gate = Gate(in_round=3)
+    app = app_of(gate.client_fn, rounds={"num_rounds": 4, "min_fit_clients": 1, "fraction_evaluate": 0})
+    async with federation(app) as story:
         dying = story.start_server()
         client = story.start_client("c1")
-        await story.until(o.TaskStarted)
+        await story.until(o.TaskStarted, kind="fit", round=3)
         dying.cancel()
         await asyncio.wait([dying])
         assert story.server_bus is not None
         await story.server_bus.close()
-        gate.open()
         serving = story.start_server()
+        await story.until(o.RoundOpened, 4)
+        gate.open()  # training for the dead run ends while a task of the next one waits
         history = await serving
         ended = await client
-    assert history.updates == 1
+    assert [record.clients for record in history.rounds] == [{"c1"}] * 4
     assert ended is not None
     assert ended.run_id == history.run_id
 
@@ -763,7 +766,11 @@ async def test_uploads_whose_sender_died_are_forgotten_and_leave_the_queue() -> 
         await bus.publish(UPDATES, "", encode(head))
         await bus.publish(UPDATES, "", encode(m.Part(transfer="lost", index=1, crc32=crc32(second), payload=second)))
         staging = story.server._staging
-        await asyncio.to_thread(poll_until, lambda: {"dies", "lost"} <= set(staging._aborted))
+        await asyncio.to_thread(poll_until, lambda: "lost" in staging._aborted)
+        assert "dies" not in staging._aborted  # its sender's lease goes on: an alarm may hold it up
+        await bus.publish(CONTROL, "", encode(m.Leave(client_id="c9", session="s", run_id=run_id, reason="bye")))
+        refused = await story.until(o.UpdateRefused)
+        assert refused.reason.startswith("its upload stopped half-way")
         gate.open()
         assert (await serving).updates == 1
         assert story.broker.depth(UPDATES) == 0
@@ -786,6 +793,42 @@ async def test_a_strangers_message_cannot_cancel_an_upload_that_is_under_way() -
         await story.until(o.UpdateRefused)
         await attacker.send(m.Part(transfer="honest", index=1, crc32=crc32(second), payload=second))
         assert (await serving).updates == 1
+
+
+async def test_a_stop_does_not_wait_for_a_slow_central_evaluation() -> None:
+    gate = Gate()
+
+    def slow(round_: int, model: dict[str, Array]) -> tuple[float, dict[str, Any]]:
+        gate._opened.wait(30)
+        return 0.0, {}
+
+    async with federation(app_of(evaluate_fn=slow, rounds={"num_rounds": 9, "min_fit_clients": 1})) as story:
+        serving, client = story.start_server(), story.start_client("c1")
+        await story.until(o.RoundClosed)
+        assert story.server is not None
+        story.server.request_stop("enough")
+        with pytest.raises(RunFailed, match="enough"):
+            async with asyncio.timeout(5):
+                await serving
+        assert await client is not None
+        gate.open()
+
+
+async def test_a_forged_run_id_cannot_write_on_the_operators_screen() -> None:
+    gate = Gate()
+    async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        serving = story.start_server()
+        story.start_client("c9")
+        run_id = (await story.until(o.Welcomed)).run_id
+        await story.until(o.TaskStarted)
+        attacker = Attacker(story.broker.connect("c9"), run_id)
+        await attacker.send(attacker.update({"w": ZEROS}, run_id="\x1b[2J\n12:00:00  all ok"))
+        refused = await story.until(o.UpdateRefused)
+        gate.open()
+        with pytest.raises(RunFailed) as failure:
+            await serving
+    for text in (refused.reason, str(failure.value), *map(sentence, story.events)):
+        assert text.isprintable()
 
 
 async def test_reports_that_nobody_asked_for_are_not_kept() -> None:
@@ -827,7 +870,8 @@ async def test_finite_updates_that_add_up_to_infinity_leave_the_model_as_it_is()
         history = await story.run("c1")
         assert story.model()["w"].tolist() == [1, 1, 1]
         assert story.told(o.AggregateDiscarded)[0].round == 1
-    assert [(record.version, len(record.folded)) for record in history.rounds] == [(0, 0), (1, 1)]
+    assert [(record.version, record.reason) for record in history.rounds] == [(0, "discarded"), (1, "min_fit_clients")]
+    assert [len(record.folded) for record in history.rounds] == [0, 1]
 
 
 async def test_the_clients_are_sent_home_before_the_last_central_evaluation_and_it_is_waited_for() -> None:
