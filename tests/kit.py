@@ -95,9 +95,9 @@ class Federation:
         self.events.append(event)
         self._told.set()
 
-    def start_server(self, run_dir: Path | None = None) -> asyncio.Task[History]:
+    def start_server(self, run_dir: Path | None = None, **options: Any) -> asyncio.Task[History]:
         self.server_bus = self.broker.connect("server")
-        self.server = Server(self.app, self.server_bus, run_dir=run_dir, observers=[self.observe])
+        self.server = Server(self.app, self.server_bus, run_dir=run_dir, observers=[self.observe], **options)
         return self._start(self.server.run())
 
     def start_client(self, client_id: str, app: App | None = None) -> asyncio.Task[RunEnded | None]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedbus.app import App
-from fedbus.bus.base import Bus, Consumer, Delivery, consume_alone
+from fedbus.bus.base import Bus, Consumer, consume_alone
 from fedbus.bus.topology import CONTROL, TASKS, UPDATES, ingress
 from fedbus.config import check_client_id
 from fedbus.errors import (
@@ -50,8 +50,9 @@ from fedbus.rounds.commands import Outcome
 from fedbus.rounds.engine import Engine
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
+from fedbus.server.intake import UpdateIntake
 from fedbus.server.publisher import ModelPublisher
-from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_finite, check_initial
+from fedbus.server.staging import StagedUpdate, check_finite
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import check_evaluate_result
@@ -64,7 +65,6 @@ _LOGGER = logging.getLogger("fedbus.server")
 
 _CONTROL_PREFETCH = 256
 _SENDS_AT_ONCE = 64
-_STALLED_AFTER_S = 60.0
 _GOODBYE_S = 3600.0
 
 
@@ -115,16 +115,25 @@ class Server:
         bus: an open connection; the caller closes it.
         run_dir: where history.json and model.safetensors go; None keeps nothing.
         observers: called with each event of `fedbus.observe.events`.
+        stalled_after_s: seconds of silence after which an upload whose sender is gone is given up.
     """
 
-    def __init__(self, app: App, bus: Bus, *, run_dir: Path | None = None, observers: Sequence[o.Observe] = ()) -> None:
+    def __init__(
+        self,
+        app: App,
+        bus: Bus,
+        *,
+        run_dir: Path | None = None,
+        observers: Sequence[o.Observe] = (),
+        stalled_after_s: float = 60.0,
+    ) -> None:
         self._app = app
         self._bus = bus
         self._observers = tuple(observers)
         self._folder = None if run_dir is None else RunFolder(run_dir)
         self._run_id = uuid.uuid4().hex[:12]
         self._epoch = 1
-        self._stalled_after_s = max(_STALLED_AFTER_S, 2 * app.rounds.lease_s)
+        self._stalled_after_s = stalled_after_s
         self._history = History(
             run_id=self._run_id,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -135,7 +144,6 @@ class Server:
                 **dataclasses.asdict(app.rounds),
             },
         )
-        self._staging = Staging()
         self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
         self._events = _Events()
         self._outbound: asyncio.Queue[tuple[str, m.InboxMessage, float | None]] = asyncio.Queue(1024)
@@ -150,13 +158,12 @@ class Server:
         self._model: dict[str, Array] | None = None
         self._version = 0
         self._offsets: dict[int, int] = {}  # version -> offset of its head, for the last two versions
-        self._check: UpdateCheck | None = None
         self._fold_state: Any = None
         self._folded: list[FoldedUpdate] = []
         self._evaluate_reports: dict[str, m.EvaluateReport] = {}
         self._refused: dict[str, str] = {}
         self._last_failure = ""
-        self._updates: Consumer | None = None
+        self._intake: UpdateIntake | None = None
         self._engine: Engine | None = None
 
     @property
@@ -216,8 +223,16 @@ class Server:
         async with contextlib.AsyncExitStack() as stack:
             control = await self._open_control(stack)
             # No bound: the parts of all updates that a round needs stay unacknowledged until its commit.
-            self._updates = await stack.enter_async_context(self._bus.consume(UPDATES, prefetch=0))
-            await self._work(self._engine, model, control, self._updates)
+            updates = await stack.enter_async_context(self._bus.consume(UPDATES, prefetch=0))
+            self._intake = UpdateIntake(
+                updates,
+                self._engine,
+                run_id=self._run_id,
+                put=self._events.put,
+                tell=self._tell,
+                stalled_after_s=self._stalled_after_s,
+            )
+            await self._work(self._engine, self._intake, model, control)
 
     async def _open_control(self, stack: contextlib.AsyncExitStack) -> Consumer:
         """Two servers on one queue would each see half of what the clients say."""
@@ -228,17 +243,19 @@ class Server:
                 "another server runs on this broker: stop it first, or give each run a vhost of its own"
             ) from None
 
-    async def _work(self, engine: Engine, model: dict[str, Array] | None, control: Consumer, updates: Consumer) -> None:
+    async def _work(
+        self, engine: Engine, intake: UpdateIntake, model: dict[str, Array] | None, control: Consumer
+    ) -> None:
         async with asyncio.TaskGroup() as group:
             work: list[Coroutine[Any, Any, None]] = [
                 self._bus.closed(),
                 self._receive_control(control),
-                self._receive_updates(updates, engine),
+                intake.receive(),
                 self._send(group),
                 self._aggregate(),
                 self._evaluate(),
                 self._drive(engine),
-                self._forget_stalled(engine),
+                intake.give_up_stalled(),
             ]
             tasks = [group.create_task(coroutine) for coroutine in work]
             if model is not None:
@@ -304,90 +321,6 @@ class Server:
             self._evaluate_reports[report.task_id] = report
         return e.EvaluateReported(client_id=report.client_id, task_id=report.task_id)
 
-    # ---- in: updates ---------------------------------------------------------------------------------------------
-
-    async def _receive_updates(self, consumer: Consumer, engine: Engine) -> None:
-        async for delivery in consumer:
-            try:
-                message = decode(delivery.body)
-                if not isinstance(message, m.Update | m.Part):
-                    raise DecodeError(f"a {type(message).__name__} does not belong here")
-                if isinstance(message, m.Update):
-                    check_client_id(message.client_id)  # it is about to be a routing key, and on a screen
-            except (DecodeError, ConfigError) as exc:
-                self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
-                await consumer.reject(delivery, requeue=False)
-                continue
-            if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
-                await consumer.ack(delivery)
-                continue
-            await self._stage(consumer, engine, message, delivery)
-
-    async def _stage(self, consumer: Consumer, engine: Engine, message: m.Update | m.Part, delivery: Delivery) -> None:
-        now = time.monotonic()
-        try:
-            if isinstance(message, m.Part):
-                token = self._staging.add(message, delivery, now)
-            else:
-                self._check_head(message, engine)
-                await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
-                token = self._staging.begin(message, delivery, now)
-        except UpdateRefused as exc:
-            self._report_invalid(self._staging.refuse(message, delivery), str(exc))
-        except DecodeError as exc:
-            self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
-            await consumer.reject(delivery, requeue=False)
-        else:
-            if token is not None:
-                await self._verify(token)
-
-    def _check_head(self, update: m.Update, engine: Engine) -> None:
-        """Before any memory is taken for it."""
-        if update.run_id != self._run_id:
-            raise UpdateRefused(f"it belongs to run {update.run_id[:40]}, which is over")
-        if not engine.awaits(update.task_id, update.client_id):
-            raise UpdateRefused("nobody waits for it")  # the engine knows the reason, or that it is a duplicate
-        if self._check is None:
-            check_initial(update)
-        else:
-            self._check.head(update)
-
-    async def _verify(self, token: int) -> None:
-        update = self._staging.get(token)
-        assert update.tensors is not None
-        try:
-            await asyncio.to_thread(check_finite, update.tensors)
-        except UpdateRefused as exc:
-            update.tensors = None
-            self._report_invalid(token, str(exc))
-            return
-        self._events.put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
-
-    def _report_invalid(self, token: int, reason: str) -> None:
-        update = self._staging.get(token)
-        self._events.put(
-            e.UpdateInvalid(client_id=update.client_id, task_id=update.task_id, delivery=token, reason=one_line(reason))
-        )
-
-    async def _forget(self, transfers: list[str], *, but: str = "") -> None:
-        """Give up transfers that will never be whole: their sender died, or has begun anew."""
-        assert self._updates is not None
-        for transfer in transfers:
-            for delivery in self._staging.abort(transfer) if transfer != but else ():
-                await self._updates.ack(delivery)
-
-    async def _forget_stalled(self, engine: Engine) -> None:
-        """Uploads whose sender is gone; one that lives may be held up by an alarm of the broker."""
-        while True:
-            await asyncio.sleep(self._stalled_after_s / 4)
-            for transfer in self._staging.stalled(time.monotonic() - self._stalled_after_s):
-                head = self._staging.head_of(transfer)
-                if head is None:
-                    await self._forget([transfer])
-                elif head.client_id not in engine.members or not engine.awaits(head.task_id, head.client_id):
-                    reason = f"its upload stopped half-way, {self._stalled_after_s:.0f} s ago"
-                    self._report_invalid(self._staging.give_up(transfer), reason)
-
     # ---- the engine ----------------------------------------------------------------------------------------------
 
     async def _drive(self, engine: Engine) -> None:
@@ -431,9 +364,9 @@ class Server:
             case c.SendEvaluateTask():
                 await self._outbound.put((command.client_id, self._evaluate_task(command), command.timeout_s))
             case c.Fold():
-                self._jobs.put_nowait(_FoldJob(command=command, update=self._staging.get(command.delivery)))
+                self._jobs.put_nowait(_FoldJob(command=command, update=self._staged(command.delivery)))
             case c.AdoptParameters():
-                self._jobs.put_nowait(_AdoptJob(update=self._staging.get(command.delivery)))
+                self._jobs.put_nowait(_AdoptJob(update=self._staged(command.delivery)))
             case c.Commit():
                 self._jobs.put_nowait(command)
             case c.Settle():
@@ -466,6 +399,10 @@ class Server:
             config=self._app.evaluate_config_of(command.round),
         )
 
+    def _staged(self, token: int) -> StagedUpdate:
+        assert self._intake is not None
+        return self._intake.get(token)
+
     def _note(self, notice: c.Notice) -> None:
         match notice:
             case c.MemberJoined() if notice.client_id not in self._history.clients_joined:
@@ -487,12 +424,8 @@ class Server:
 
     async def _settle(self, command: c.Settle) -> None:
         """Acknowledge only now: the effect is durable, or there will be none."""
-        assert self._updates is not None
-        update = self._staging.take_out(command.delivery)
-        if command.outcome is Outcome.RELEASED:
-            return  # the end of our subscription gives it back; a reject would hand it to us once more
-        for delivery in update.deliveries:
-            await self._updates.ack(delivery)
+        assert self._intake is not None
+        await self._intake.settle(command.delivery, keep_in_broker=command.outcome is Outcome.RELEASED)
         if command.outcome is Outcome.COMMITTED:
             receipt = m.Receipt(
                 task_id=command.task_id, run_id=self._run_id, round=command.round, staleness=command.staleness
@@ -580,7 +513,8 @@ class Server:
     async def _adopt(self, model: dict[str, Array]) -> None:
         """Make `model` version 0 and publish it."""
         self._model = _frozen({name: value.copy() for name, value in model.items()})
-        self._check = UpdateCheck(self._model)
+        assert self._intake is not None
+        self._intake.expect(self._model)
         await self._publish()
         await self._save()
         await self._evaluate_centrally(0)

@@ -750,9 +750,7 @@ async def test_uploads_whose_sender_died_are_forgotten_and_leave_the_queue() -> 
     gate = Gate(only="c1")
     app = app_of(gate.client_fn, initial_parameters=start, rounds={"num_rounds": 1, "min_fit_clients": 1})
     async with federation(app) as story:
-        serving = story.start_server()
-        assert story.server is not None
-        story.server._stalled_after_s = 0.05
+        serving = story.start_server(stalled_after_s=0.05)
         story.start_client("c1")
         await story.until(o.RoundOpened)
         bus = await join_as(story, "c9")
@@ -765,7 +763,9 @@ async def test_uploads_whose_sender_died_are_forgotten_and_leave_the_queue() -> 
         )
         await bus.publish(UPDATES, "", encode(head))
         await bus.publish(UPDATES, "", encode(m.Part(transfer="lost", index=1, crc32=crc32(second), payload=second)))
-        staging = story.server._staging
+        assert story.server is not None
+        assert story.server._intake is not None
+        staging = story.server._intake._staging
         await asyncio.to_thread(poll_until, lambda: "lost" in staging._aborted)
         assert "dies" not in staging._aborted  # its sender's lease goes on: an alarm may hold it up
         await bus.publish(CONTROL, "", encode(m.Leave(client_id="c9", session="s", run_id=run_id, reason="bye")))

@@ -1,0 +1,156 @@
+"""Updates on their way into the engine: taken off the queue, put together, verified, settled when it says so."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from fedbus.bus.base import Consumer, Delivery
+from fedbus.bus.topology import UPDATES
+from fedbus.config import check_client_id
+from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
+from fedbus.observe import events as o
+from fedbus.rounds import events as e
+from fedbus.rounds.engine import Engine
+from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_finite, check_initial
+from fedbus.types import Tensors
+from fedbus.wire import messages as m
+from fedbus.wire.codec import decode
+
+
+class UpdateIntake:
+    """The updates queue, as the server sees it.
+
+    Args:
+        consumer: the subscription to the updates queue.
+        engine: asked whether an update is waited for, before any memory is taken for it.
+        run_id: updates of other runs are refused.
+        put: takes the events for the engine.
+        tell: takes the events for those who watch.
+        stalled_after_s: seconds of silence after which an upload whose sender is gone is given up.
+    """
+
+    def __init__(
+        self,
+        consumer: Consumer,
+        engine: Engine,
+        *,
+        run_id: str,
+        put: Callable[[e.Event], None],
+        tell: Callable[[object], None],
+        stalled_after_s: float,
+    ) -> None:
+        self._consumer = consumer
+        self._engine = engine
+        self._run_id = run_id
+        self._put = put
+        self._tell = tell
+        self._staging = Staging()
+        self._check: UpdateCheck | None = None
+        self._stalled_after_s = stalled_after_s
+
+    def __repr__(self) -> str:
+        return f"<UpdateIntake {self._staging!r}>"
+
+    def expect(self, model: Tensors) -> None:
+        """From now on updates are deltas of `model`; before, they are initial models."""
+        self._check = UpdateCheck(model)
+
+    def get(self, token: int) -> StagedUpdate:
+        """The update behind an event's `delivery`."""
+        return self._staging.get(token)
+
+    async def settle(self, token: int, *, keep_in_broker: bool) -> None:
+        """Forget the update and acknowledge it, or leave it with the broker.
+
+        Left means unacknowledged: the end of our subscription gives it back, where a reject would hand it to us again.
+        """
+        update = self._staging.take_out(token)
+        for delivery in update.deliveries if not keep_in_broker else ():
+            await self._consumer.ack(delivery)
+
+    async def receive(self) -> None:
+        """Take in what comes, for ever."""
+        async for delivery in self._consumer:
+            try:
+                message = decode(delivery.body)
+                if not isinstance(message, m.Update | m.Part):
+                    raise DecodeError(f"a {type(message).__name__} does not belong here")
+                if isinstance(message, m.Update):
+                    check_client_id(message.client_id)  # it is about to be a routing key, and on a screen
+            except (DecodeError, ConfigError) as exc:
+                self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
+                await self._consumer.reject(delivery, requeue=False)
+                continue
+            if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
+                await self._consumer.ack(delivery)
+                continue
+            await self._stage(message, delivery)
+
+    async def _stage(self, message: m.Update | m.Part, delivery: Delivery) -> None:
+        now = time.monotonic()
+        try:
+            if isinstance(message, m.Part):
+                token = self._staging.add(message, delivery, now)
+            else:
+                self._check_head(message)
+                await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
+                token = self._staging.begin(message, delivery, now)
+        except UpdateRefused as exc:
+            self._report_invalid(self._staging.refuse(message, delivery), str(exc))
+        except DecodeError as exc:
+            self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
+            await self._consumer.reject(delivery, requeue=False)
+        else:
+            if token is not None:
+                await self._verify(token)
+
+    def _check_head(self, update: m.Update) -> None:
+        """Before any memory is taken for it."""
+        if update.run_id != self._run_id:
+            raise UpdateRefused(f"it belongs to run {update.run_id[:40]}, which is over")
+        if not self._engine.awaits(update.task_id, update.client_id):
+            raise UpdateRefused("nobody waits for it")  # the engine knows the reason, or that it is a duplicate
+        if self._check is None:
+            check_initial(update)
+        else:
+            self._check.head(update)
+
+    async def _verify(self, token: int) -> None:
+        update = self._staging.get(token)
+        assert update.tensors is not None
+        try:
+            await asyncio.to_thread(check_finite, update.tensors)
+        except UpdateRefused as exc:
+            update.tensors = None
+            self._report_invalid(token, str(exc))
+            return
+        self._put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
+
+    def _report_invalid(self, token: int, reason: str) -> None:
+        update = self._staging.get(token)
+        self._put(
+            e.UpdateInvalid(client_id=update.client_id, task_id=update.task_id, delivery=token, reason=one_line(reason))
+        )
+
+    async def _forget(self, transfers: list[str], *, but: str = "") -> None:
+        """Give up transfers that will never be whole: their sender died, or has begun anew."""
+        for transfer in transfers:
+            for delivery in self._staging.abort(transfer) if transfer != but else ():
+                await self._consumer.ack(delivery)
+
+    async def give_up_stalled(self) -> None:
+        """Give up, now and then, uploads whose sender is gone; one that lives may be held up by a broker's alarm."""
+        while True:
+            await asyncio.sleep(self._stalled_after_s / 4)
+            for transfer in self._staging.stalled(time.monotonic() - self._stalled_after_s):
+                head = self._staging.head_of(transfer)
+                if head is None:
+                    await self._forget([transfer])
+                elif not self._may_go_on(head):
+                    reason = f"its upload stopped half-way, {self._stalled_after_s:.0f} s ago"
+                    self._report_invalid(self._staging.give_up(transfer), reason)
+
+    def _may_go_on(self, head: m.Update) -> bool:
+        return head.client_id in self._engine.members and self._engine.awaits(head.task_id, head.client_id)
