@@ -230,7 +230,6 @@ class ClientRuntime:
                     self._context.cancel()  # whatever is being trained, it is for a run that is over
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
-                self._work.set()
             case m.Receipt() if message.run_id == self._run_id:
                 self._tell(
                     o.ReceiptArrived(client_id=self._client_id, round=message.round, staleness=message.staleness)
