@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,15 +26,14 @@ from fedbus.errors import QueueBusy
 Body: TypeAlias = bytes | bytearray | memoryview
 Offset: TypeAlias = int | Literal["first", "last", "next"]
 
-CONFIRM_TIMEOUT_S = 60.0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delivery:
     """One message as it was delivered.
 
     `tag` belongs to the consumer that received it; `offset` is the place in a stream, None elsewhere; `user_id` is
-    the sender's broker user, checked by the broker, where the sender gave it.
+    the sender's broker user, checked by the broker, where the sender gave it; `generation` counts the incarnations of
+    a subscription that outlives its connections: what came through an older one can no longer be settled.
     """
 
     body: bytes
@@ -43,6 +42,7 @@ class Delivery:
     redelivered: bool
     offset: int | None
     user_id: str | None
+    generation: int = 0
 
 
 class Consumer(ABC):
@@ -56,8 +56,8 @@ class Consumer(ABC):
         """
 
     @abstractmethod
-    async def ack(self, delivery: Delivery) -> None:
-        """Settle: the broker may forget it."""
+    async def ack(self, *deliveries: Delivery) -> None:
+        """Settle: the broker may forget them."""
 
     @abstractmethod
     async def reject(self, delivery: Delivery, *, requeue: bool) -> None:
@@ -86,7 +86,14 @@ async def consume_alone(
 
 
 class Bus(ABC):
-    """One party's connection to a broker; an async context manager that closes it."""
+    """One party's connection to a broker; an async context manager that closes it.
+
+    `broker` is where it leads, as it may be shown. `on_blocked` is called with the reason when an alarm on the broker
+    makes publishes wait, and with None when they go on.
+    """
+
+    broker: str = "memory"
+    on_blocked: Callable[[str | None], None] | None = None
 
     @abstractmethod
     async def declare(self, topology: Topology) -> None:
@@ -105,9 +112,11 @@ class Bus(ABC):
         *,
         mandatory: bool = True,
         expires_s: float | None = None,
-        timeout_s: float = CONFIRM_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         """Hand a persistent message over and wait for the broker's confirm.
+
+        Without `timeout_s` it waits as long as the connection lives: an alarm on the broker makes publishers wait.
 
         Raises `Unroutable` when it is mandatory and no queue takes it, `PublishUnconfirmed` when the broker refuses
         it or says nothing within `timeout_s`, `QueueMissing` when there is no such exchange, `BrokerClosed`.

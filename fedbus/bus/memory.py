@@ -1,7 +1,7 @@
 """The `Bus` in memory: the verified twin of RabbitMQ, for tests and simulations in one process.
 
 It keeps to what the contract suite proves of the real one: prefetch, redelivery in the old order, mandatory returns,
-dead letters, expiry, exclusive consumers, streams with offsets.
+dead letters, expiry, exclusive consumers, streams with offsets, alarms.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
-from fedbus.bus.base import CONFIRM_TIMEOUT_S, Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
 from fedbus.bus.topology import Exchange, Queue, Topology
-from fedbus.errors import BrokerClosed, BrokerError, QueueBusy, QueueMismatch, QueueMissing, Unroutable
+from fedbus.errors import (
+    BrokerClosed,
+    BrokerError,
+    BrokerUnreachable,
+    PublishUnconfirmed,
+    QueueBusy,
+    QueueMismatch,
+    QueueMissing,
+    Unroutable,
+)
 
 
 @dataclass(slots=True)
@@ -58,9 +67,13 @@ class MemoryBroker:
         self._queues: dict[str, _QueueState] = {}
         self._places = itertools.count()
         self._buses: set[MemoryBus] = set()
+        self._is_stopped = False
+        self._alarm: str | None = None
 
     def connect(self, user: str = "guest") -> MemoryBus:
-        """A new connection of `user`."""
+        """A new connection of `user`. Raises `BrokerUnreachable` while the broker is stopped."""
+        if self._is_stopped:
+            raise BrokerUnreachable("no broker answers: it was stopped")
         bus = MemoryBus(self, user)
         self._buses.add(bus)
         return bus
@@ -69,6 +82,25 @@ class MemoryBroker:
         """End every connection from the broker's side, as a restart does."""
         for bus in list(self._buses):
             bus._end(BrokerClosed("the connection to the broker ended"))
+
+    def stop(self) -> None:
+        """Go away, with all that is durable, until `start`."""
+        self._is_stopped = True
+        self.drop_connections()
+
+    def start(self) -> None:
+        """Be there again."""
+        self._is_stopped = False
+
+    def block(self, reason: str = "low on memory") -> None:
+        """Raise an alarm: whoever publishes waits, and is told so, until `unblock`."""
+        self._alarm = reason
+
+    def unblock(self) -> None:
+        """End the alarm."""
+        self._alarm = None
+        for bus in list(self._buses):
+            bus._go_on()
 
     def depth(self, queue: str) -> int:
         """Messages that wait in `queue`, those out with consumers not counted."""
@@ -181,6 +213,8 @@ class MemoryBus(Bus):
         self._user = user
         self._consumers: set[_MemoryConsumer] = set()
         self._ended: asyncio.Future[BrokerError | None] = asyncio.get_running_loop().create_future()
+        self._blocked: list[asyncio.Future[None]] = []  # publishes that wait for the end of an alarm
+        self._is_blocked = False
 
     def __repr__(self) -> str:
         return f"<MemoryBus {self._user}{' closed' if self._ended.done() else ''}>"
@@ -211,13 +245,41 @@ class MemoryBus(Bus):
         *,
         mandatory: bool = True,
         expires_s: float | None = None,
-        timeout_s: float = CONFIRM_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         await self._turn()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._until_unblocked()
+        except TimeoutError:
+            raise PublishUnconfirmed(f"publishing to {exchange}: no word of the broker in time") from None
         expires_at = None if expires_s is None else self._broker._clock() + expires_s
         taken = self._broker._publish(exchange, routing_key, bytes(body), self._user, expires_at)
         if mandatory and not taken:
             raise Unroutable(f"publishing to {exchange}: no queue takes it")
+
+    async def _until_unblocked(self) -> None:
+        """As RabbitMQ does, tell of the alarm when something is published."""
+        while (alarm := self._broker._alarm) is not None:
+            self._check_open()
+            if not self._is_blocked:
+                self._is_blocked = True
+                if self.on_blocked is not None:
+                    self.on_blocked(alarm)
+            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._blocked.append(waiting)
+            await waiting
+        self._check_open()
+
+    def _go_on(self) -> None:
+        waiting, self._blocked = self._blocked, []
+        for publish in waiting:
+            if not publish.done():
+                publish.set_result(None)
+        if self._is_blocked and not self._ended.done():
+            self._is_blocked = False
+            if self.on_blocked is not None:
+                self.on_blocked(None)
 
     def consume(
         self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
@@ -247,6 +309,7 @@ class MemoryBus(Bus):
             return
         self._ended.set_result(reason)
         self._broker._buses.discard(self)
+        self._go_on()
         for consumer in list(self._consumers):
             consumer._stop(reason or BrokerClosed("the connection was closed"), give_back=True)
 
@@ -330,8 +393,11 @@ class _MemoryConsumer(Consumer):
             raise item
         return item
 
-    async def ack(self, delivery: Delivery) -> None:
-        self._take(delivery)
+    async def ack(self, *deliveries: Delivery) -> None:
+        for delivery in deliveries:
+            self._check_unsettled(delivery)
+        for delivery in deliveries:
+            self._take(delivery)
         self._broker._dispatch(self._queue)
 
     async def reject(self, delivery: Delivery, *, requeue: bool) -> None:
@@ -345,8 +411,11 @@ class _MemoryConsumer(Consumer):
             self._broker._dispatch(self._queue)
 
     def _take(self, delivery: Delivery) -> _Stored:
+        self._check_unsettled(delivery)
+        return self._unsettled.pop(delivery.tag)
+
+    def _check_unsettled(self, delivery: Delivery) -> None:
         if self._is_stopped:
             raise BrokerClosed("settling a delivery: its subscription has ended")
         if delivery.tag not in self._unsettled:
             raise BrokerClosed(f"delivery {delivery.tag} was settled already")  # RabbitMQ closes the channel
-        return self._unsettled.pop(delivery.tag)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import itertools
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -18,7 +20,7 @@ import aiormq
 from aiormq import exceptions as amqp
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
-from fedbus.bus.base import CONFIRM_TIMEOUT_S, Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
 from fedbus.bus.topology import Queue, Topology
 from fedbus.errors import (
     BrokerClosed,
@@ -33,29 +35,40 @@ from fedbus.errors import (
     Unroutable,
 )
 
-_HEARTBEAT_S: Final = 20
+_HEARTBEAT_S: Final = 10  # a connection that swallows everything is given up after 33 to 38 s
 _CONNECT_TIMEOUT_S: Final = 15.0
 _PERSISTENT: Final = 2
-_BLOCKED_POLL_S: Final = 5.0
+_NEXT_URL: Final = re.compile(r"\s*,\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)")
+_EXAMPLE: Final = "amqp://user:password@host:5672/vhost"
 
 
-def redacted(url: str) -> str:
-    """`url` as it may be shown: without user and password."""
+def redacted(urls: str) -> str:
+    """`urls` (one, or several with commas between) as they may be shown: without users and passwords."""
+    return ", ".join(map(_redact, _NEXT_URL.split(urls.strip())))
+
+
+def _redact(url: str) -> str:
     parts = urlsplit(url)
     host = parts.hostname or "?"
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{host}{port}{parts.path if parts.path != '/' else ''}"
 
 
+def _check_urls(urls: str) -> list[str]:
+    """All of them, before the first is tried: a typing error in the last one must not wait for the day it is needed."""
+    return [_check_url(url) for url in _NEXT_URL.split(urls.strip())]
+
+
 def _check_url(url: str) -> str:
-    example = "amqp://user:password@host:5672/vhost"
     try:
         parts = urlsplit(url)
         has_port = parts.port is None or parts.port > 0
     except ValueError:
-        raise ConfigError(f"the broker URL cannot be read; it looks like {example}") from None
+        raise ConfigError(f"the broker URL cannot be read; it looks like {_EXAMPLE}") from None
     if parts.scheme not in ("amqp", "amqps") or not parts.hostname or not has_port:
-        raise ConfigError(f"the broker URL must look like {example} (or amqps://...)")
+        raise ConfigError(f"the broker URL must look like {_EXAMPLE} (or amqps://...)")
+    if "," in parts.hostname + parts.path:
+        raise ConfigError(f"each of several broker URLs must look like {_EXAMPLE}; write a comma in a vhost as %2C")
     if "heartbeat=" in parts.query:
         return url
     return parts._replace(query="&".join(filter(None, (parts.query, f"heartbeat={_HEARTBEAT_S}")))).geturl()
@@ -95,15 +108,34 @@ def _reason(exc: BaseException) -> str:
     return " ".join(text.split()) or type(exc).__name__
 
 
-async def connect(url: str, *, name: str = "fedbus") -> RabbitMQBus:
-    """Connect to the broker at `url` (amqp:// or amqps://); `name` shows in the broker's list of connections.
+async def connect(urls: str, *, name: str = "fedbus") -> RabbitMQBus:
+    """Connect to the broker at `urls`; `name` shows in the broker's list of connections.
+
+    `urls` is one URL (amqp:// or amqps://), or several of one cluster with commas between, tried in this order.
 
     Raises `ConfigError` for a URL that is none, `BrokerUnreachable`, `BrokerDenied`.
     """
-    full_url = _check_url(url)
-    consuming = await _connect(full_url, f"{name} consume")
+    return await _connect_to_any(_check_urls(urls), name)
+
+
+async def _connect_to_any(urls: Sequence[str], name: str) -> RabbitMQBus:
+    """The first that lets us in; the error, when none does, says why for each."""
+    failures: list[BrokerUnreachable | BrokerDenied] = []
+    for url in urls:
+        try:
+            return await _connect_to(url, name)
+        except (BrokerUnreachable, BrokerDenied) as exc:
+            failures.append(exc)
+    if len(failures) == 1:
+        raise failures[0]
+    all_deny = all(isinstance(failure, BrokerDenied) for failure in failures)
+    raise (BrokerDenied if all_deny else BrokerUnreachable)("; ".join(map(str, failures))) from failures[0]
+
+
+async def _connect_to(url: str, name: str) -> RabbitMQBus:
+    consuming = await _connect(url, f"{name} consume")
     try:
-        publishing = await _connect(full_url, f"{name} publish")
+        publishing = await _connect(url, f"{name} publish")
     except BaseException:
         await consuming.close()
         raise
@@ -112,9 +144,37 @@ async def connect(url: str, *, name: str = "fedbus") -> RabbitMQBus:
     return RabbitMQBus(consuming, publishing, user=unquote(user) if user else None)
 
 
-async def _connect(url: str, name: str) -> aiormq.Connection:
-    where = redacted(url.split("?")[0])
-    connection = aiormq.Connection(url, client_properties={"connection_name": name, "product": "fedbus"})
+class _Link(aiormq.Connection):
+    """A connection that tells of alarms: aiormq keeps them to itself, behind `ready()`."""
+
+    # Unbounded: whoever waits for room while the connection ends would wait for ever, and the heartbeats of a blocked
+    # connection must find room. What is large is bounded elsewhere: one publish at a time waits for the socket.
+    FRAME_BUFFER_SIZE = 0
+    READER_CLOSE_TIMEOUT = 1  # a broker with an alarm does not read our Connection.Close
+
+    on_blocked: Callable[[str | None], None] | None = None
+
+    def __init__(self, url: str, name: str) -> None:
+        super().__init__(url, client_properties={"connection_name": name, "product": "fedbus"})
+        self.unblocked = asyncio.Event()
+        self.unblocked.set()
+        self.closing.add_done_callback(lambda _: self.unblocked.set())
+
+    # aiormq 7.2 has no public hook; the test of the alarm fails where these names change.
+    async def _Connection__handle_connection_blocked(self, frame: aiormq.spec.Connection.Blocked) -> None:
+        self.unblocked.clear()
+        if self.on_blocked is not None:
+            self.on_blocked(frame.reason or "an alarm")
+
+    async def _Connection__handle_connection_unblocked(self, _: object) -> None:
+        self.unblocked.set()
+        if self.on_blocked is not None:
+            self.on_blocked(None)
+
+
+async def _connect(url: str, name: str) -> _Link:
+    where = redacted(url)
+    connection = _Link(url, name)
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             await connection.connect()
@@ -132,14 +192,20 @@ async def _connect(url: str, name: str) -> aiormq.Connection:
         raise BrokerUnreachable(
             f"no broker answers at {where}: {reason}. Start one with 'fedbus broker start', or check the broker URL"
         ) from exc
+    except asyncio.CancelledError:
+        if connection.is_opened:  # cancelled in the moment it was ready
+            await connection.close()
+        raise
     return connection
 
 
 class RabbitMQBus(Bus):
     """A pair of connections to one RabbitMQ vhost; made by `connect`."""
 
-    def __init__(self, consuming: aiormq.Connection, publishing: aiormq.Connection, *, user: str | None) -> None:
+    def __init__(self, consuming: _Link, publishing: _Link, *, user: str | None) -> None:
+        self.broker = redacted(str(consuming.url))
         self._consuming = consuming
+        publishing.on_blocked = self._tell_blocked
         self._publishing = publishing
         self._user = user
         self._publish_channel: AbstractChannel | None = None
@@ -147,7 +213,11 @@ class RabbitMQBus(Bus):
         self._is_closing = False
 
     def __repr__(self) -> str:
-        return f"<RabbitMQBus {redacted(str(self._consuming.url))}>"
+        return f"<RabbitMQBus {self.broker}>"
+
+    def _tell_blocked(self, reason: str | None) -> None:
+        if self.on_blocked is not None:
+            self.on_blocked(reason)
 
     async def declare(self, topology: Topology) -> None:
         for exchange in topology.exchanges:
@@ -173,7 +243,7 @@ class RabbitMQBus(Bus):
         *,
         mandatory: bool = True,
         expires_s: float | None = None,
-        timeout_s: float = CONFIRM_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         properties = aiormq.spec.Basic.Properties(
             delivery_mode=_PERSISTENT,
@@ -181,8 +251,8 @@ class RabbitMQBus(Bus):
             expiration=None if expires_s is None else str(max(1, round(expires_s * 1000))),
         )
         with _mapped(f"publishing to {exchange}"):
-            await self._until_unblocked()
             async with asyncio.timeout(timeout_s):
+                await self._publishing.unblocked.wait()  # an alarm on the broker: wait, do not fail
                 channel = await self._open_publish_channel()
                 await channel.basic_publish(
                     body,  # type: ignore[arg-type]  # annotated bytes; a flat memoryview serves as well
@@ -191,14 +261,6 @@ class RabbitMQBus(Bus):
                     properties=properties,
                     mandatory=mandatory,
                 )
-
-    async def _until_unblocked(self) -> None:
-        """An alarm on the broker (memory, disk) blocks publishers: wait, do not fail."""
-        while not self._publishing.is_closed:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_BLOCKED_POLL_S):  # ready() does not notice the connection's end
-                    return await self._publishing.ready()
-        raise BrokerClosed("the connection to the broker ended")
 
     async def _open_publish_channel(self) -> AbstractChannel:
         """One channel for all publishes, made anew after an error (a missing exchange) has closed it."""
@@ -239,19 +301,20 @@ class RabbitMQBus(Bus):
                 await _close_channel(channel)
 
     async def closed(self) -> None:
-        await asyncio.wait(
-            {asyncio.ensure_future(self._consuming.closing), asyncio.ensure_future(self._publishing.closing)},
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        ends = {self._consuming.closing, self._publishing.closing}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not self._is_closing:
             raise BrokerClosed("the connection to the broker ended")
 
     async def close(self) -> None:
         self._is_closing = True
-        for connection in (self._publishing, self._consuming):
-            with contextlib.suppress(amqp.AMQPError, OSError, TimeoutError, RuntimeError):
-                async with asyncio.timeout(5):
-                    await connection.close()
+        await asyncio.gather(_close_link(self._publishing), _close_link(self._consuming))
+
+
+async def _close_link(link: _Link) -> None:
+    with contextlib.suppress(amqp.AMQPError, OSError, TimeoutError, RuntimeError):
+        async with asyncio.timeout(5):
+            await link.close()
 
 
 async def _close_channel(channel: AbstractChannel) -> None:
@@ -291,6 +354,7 @@ class _RabbitMQConsumer(Consumer):
         self._channel = channel
         self._queue = queue
         self._arrived: asyncio.Queue[Delivery | BrokerError] = asyncio.Queue()  # bounded by the prefetch
+        self._unsettled: dict[int, None] = {}  # tags, in the order of delivery
         channel.closing.add_done_callback(self._on_closed)
         channel.on_consumer_cancel_callbacks.add(self._on_cancelled)
 
@@ -298,10 +362,12 @@ class _RabbitMQConsumer(Consumer):
         # aiormq starts a task for each message: they stay in order because this one never waits.
         properties = message.header.properties
         assert isinstance(message.delivery, aiormq.spec.Basic.Deliver)
+        tag = message.delivery.delivery_tag or 0
+        self._unsettled[tag] = None
         self._arrived.put_nowait(
             Delivery(
                 body=message.body,
-                tag=message.delivery.delivery_tag or 0,
+                tag=tag,
                 routing_key=message.delivery.routing_key or "",
                 redelivered=bool(message.delivery.redelivered),
                 offset=_stream_offset(properties.headers),
@@ -322,13 +388,33 @@ class _RabbitMQConsumer(Consumer):
             raise item
         return item
 
-    async def ack(self, delivery: Delivery) -> None:
+    async def ack(self, *deliveries: Delivery) -> None:
+        """One frame for all that were delivered up to some tag, where all of these are among the given ones."""
+        up_to, rest = self._split([delivery.tag for delivery in deliveries])
         with _mapped(f"acknowledging to {self._queue}"):
-            await self._channel.basic_ack(delivery.tag, wait=False)
+            if up_to is not None:
+                await self._channel.basic_ack(up_to, multiple=True, wait=False)
+            for tag in rest:
+                await self._channel.basic_ack(tag, wait=False)
+
+    def _split(self, tags: list[int]) -> tuple[int | None, list[int]]:
+        """Settle `tags`: the last of those that one frame covers, and the others."""
+        given = dict.fromkeys(tags)
+        if len(given) < len(tags) or not given.keys() <= self._unsettled.keys():
+            raise BrokerClosed(f"acknowledging to {self._queue}: a delivery was settled already")
+        covered: list[int] = [] if len(given) < 2 else list(itertools.takewhile(given.__contains__, self._unsettled))
+        for tag in given:
+            del self._unsettled[tag]
+        if len(covered) < 2:
+            return None, list(given)
+        for tag in covered:
+            del given[tag]
+        return covered[-1], list(given)
 
     async def reject(self, delivery: Delivery, *, requeue: bool) -> None:
         with _mapped(f"rejecting to {self._queue}"):
             await self._channel.basic_reject(delivery.tag, requeue=requeue, wait=False)
+        self._unsettled.pop(delivery.tag, None)
 
 
 def _stream_offset(headers: Any) -> int | None:

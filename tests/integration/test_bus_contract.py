@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,20 +21,26 @@ from fedbus.errors import BrokerClosed, QueueBusy, QueueMismatch, QueueMissing, 
 Connect: TypeAlias = Callable[[], Awaitable[Bus]]
 
 
-@pytest.fixture(params=["memory", pytest.param("rabbitmq", marks=pytest.mark.broker)])
+@pytest.fixture(
+    params=[
+        "memory",
+        pytest.param("rabbitmq", marks=pytest.mark.broker),
+    ]
+)
 async def open_bus(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
     """Opens one more connection to the broker under test; all are closed at the end."""
+    kind = request.param
+    broker = MemoryBroker()
+    url = request.getfixturevalue("node").url if kind == "rabbitmq" else ""
+
+    async def connect_once() -> Bus:
+        return broker.connect() if kind == "memory" else await connect(url)
+
     async with AsyncExitStack() as stack:
-        if request.param == "memory":
-            broker = MemoryBroker()
 
-            async def open_one() -> Bus:
-                return await stack.enter_async_context(broker.connect())
-        else:
-            url = request.getfixturevalue("node").url
-
-            async def open_one() -> Bus:
-                return await stack.enter_async_context(await connect(url))
+        async def open_one() -> Bus:
+            bus = await connect_once()
+            return await stack.enter_async_context(bus)
 
         yield open_one
 
@@ -166,6 +173,33 @@ async def test_an_acknowledged_message_never_comes_again(open_bus: Connect, queu
         await consumer.ack(delivery)
     async with bus.consume(queue, prefetch=1) as consumer:
         assert await nothing_comes(consumer)
+
+
+async def test_several_are_acknowledged_at_once_and_the_others_stay(open_bus: Connect, queue: str) -> None:
+    bus, other = await open_bus(), await open_bus()
+    for i in range(8):
+        await bus.publish(queue, "", bytes([i]))
+    async with other.consume(queue, prefetch=0) as consumer:
+        got = await take(consumer, 8)
+        await consumer.ack(got[1])
+        await consumer.ack(got[6], got[3], got[0], got[2])  # with 1, settled before, everything up to 3
+        await consumer.ack()
+    async with bus.consume(queue, prefetch=0) as consumer:
+        assert [delivery.body[0] for delivery in await take(consumer, 3)] == [4, 5, 7]
+        assert await nothing_comes(consumer)
+
+
+async def test_a_delivery_that_is_acknowledged_twice_does_not_settle_another(open_bus: Connect, queue: str) -> None:
+    bus = await open_bus()
+    for i in range(3):
+        await bus.publish(queue, "", bytes([i]))
+    async with (await open_bus()).consume(queue, prefetch=0) as consumer:
+        got = await take(consumer, 3)
+        await consumer.ack(got[0])
+        with contextlib.suppress(BrokerClosed):  # a supervised one takes it as the end of the connection
+            await consumer.ack(got[0], got[1])
+    async with bus.consume(queue, prefetch=0) as consumer:
+        assert [delivery.body[0] for delivery in await take(consumer, 2)] == [1, 2]
 
 
 async def test_a_rejected_message_comes_again_when_requeued(bus: Bus, queue: str) -> None:
