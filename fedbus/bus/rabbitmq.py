@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -21,6 +22,7 @@ from aiormq import exceptions as amqp
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
 from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.supervised import LinkState, SupervisedBus, no_observer
 from fedbus.bus.topology import Queue, Topology
 from fedbus.errors import (
     BrokerClosed,
@@ -116,6 +118,21 @@ async def connect(urls: str, *, name: str = "fedbus") -> RabbitMQBus:
     Raises `ConfigError` for a URL that is none, `BrokerUnreachable`, `BrokerDenied`.
     """
     return await _connect_to_any(_check_urls(urls), name)
+
+
+async def connect_supervised(
+    urls: str, *, name: str = "fedbus", on_state: Callable[[LinkState], None] = no_observer
+) -> SupervisedBus:
+    """Connect as `connect` does, once; from then on lost connections are made anew, at any of `urls`.
+
+    Raises `ConfigError` for a URL that is none, `BrokerUnreachable`, `BrokerDenied`.
+    """
+    checked = _check_urls(urls)
+
+    async def reconnect() -> Bus:
+        return await _connect_to_any(random.sample(checked, len(checked)), name)  # not all clients to the same node
+
+    return SupervisedBus(await _connect_to_any(checked, name), reconnect, on_state=on_state)
 
 
 async def _connect_to_any(urls: Sequence[str], name: str) -> RabbitMQBus:

@@ -15,6 +15,7 @@ import pytest
 from fedbus.bus.base import Bus, Consumer, Delivery
 from fedbus.bus.memory import MemoryBroker
 from fedbus.bus.rabbitmq import connect
+from fedbus.bus.supervised import SupervisedBus
 from fedbus.bus.topology import Binding, Exchange, Queue, QueueKind, Topology, client_inbox, ingress, model_stream
 from fedbus.errors import BrokerClosed, QueueBusy, QueueMismatch, QueueMissing, Unroutable
 
@@ -24,12 +25,14 @@ Connect: TypeAlias = Callable[[], Awaitable[Bus]]
 @pytest.fixture(
     params=[
         "memory",
+        "memory supervised",
         pytest.param("rabbitmq", marks=pytest.mark.broker),
+        pytest.param("rabbitmq supervised", marks=pytest.mark.broker),
     ]
 )
 async def open_bus(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
     """Opens one more connection to the broker under test; all are closed at the end."""
-    kind = request.param
+    kind, _, supervised = request.param.partition(" ")
     broker = MemoryBroker()
     url = request.getfixturevalue("node").url if kind == "rabbitmq" else ""
 
@@ -40,7 +43,7 @@ async def open_bus(request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
 
         async def open_one() -> Bus:
             bus = await connect_once()
-            return await stack.enter_async_context(bus)
+            return await stack.enter_async_context(SupervisedBus(bus, connect_once) if supervised else bus)
 
         yield open_one
 
