@@ -118,7 +118,8 @@ def _aligned(offset: int) -> int:
     return -(-offset // ALIGN) * ALIGN
 
 
-def _offsets(schema: Schema) -> Iterable[tuple[TensorSpec, int]]:
+def offsets(schema: Schema) -> Iterable[tuple[TensorSpec, int]]:
+    """Where each tensor begins in the payload, in bytes."""
     offset = 0
     for spec in schema:
         yield spec, offset
@@ -128,21 +129,9 @@ def _offsets(schema: Schema) -> Iterable[tuple[TensorSpec, int]]:
 def payload_bytes(schema: Schema) -> int:
     """Bytes of the payload that `schema` describes, padding included."""
     end = 0
-    for spec, offset in _offsets(schema):
+    for spec, offset in offsets(schema):
         end = offset + spec.nbytes
     return end
-
-
-def pack(tensors: Tensors) -> tuple[Schema, memoryview]:
-    """Copy `tensors` once, into one flat run of bytes (any memory order; C order on the wire)."""
-    schema = schema_of(tensors)
-    buffer = np.empty(payload_bytes(schema), np.uint8)
-    end = 0
-    for spec, offset in _offsets(schema):
-        buffer[end:offset] = 0  # padding must not carry old memory to a peer
-        end = offset + spec.nbytes
-        np.copyto(_view(buffer, spec, offset), tensors[spec.name], casting="no")
-    return schema, buffer.data
 
 
 def views(schema: Schema, payload: Buffer) -> dict[str, Array]:
@@ -155,7 +144,7 @@ def views(schema: Schema, payload: Buffer) -> dict[str, Array]:
             f"a payload of {memoryview(payload).nbytes} bytes, its schema describes {payload_bytes(schema)}"
         )
     flat: NDArray[np.uint8] = np.frombuffer(payload, np.uint8) if payload else np.empty(0, np.uint8)
-    return {spec.name: _view(flat, spec, offset) for spec, offset in _offsets(schema)}
+    return {spec.name: _view(flat, spec, offset) for spec, offset in offsets(schema)}
 
 
 def _view(flat: NDArray[np.uint8], spec: TensorSpec, offset: int) -> Array:

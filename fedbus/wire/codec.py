@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -35,6 +35,8 @@ KINDS: Final[dict[str, type[Message]]] = {
         messages.Leave,
         messages.TaskFailed,
         messages.EvaluateReport,
+        messages.UploadRequest,
+        messages.Echo,
         messages.Update,
         messages.Part,
         messages.Model,
@@ -42,6 +44,7 @@ KINDS: Final[dict[str, type[Message]]] = {
         messages.ParametersTask,
         messages.FitTask,
         messages.EvaluateTask,
+        messages.UploadGrant,
         messages.Receipt,
         messages.Refusal,
         messages.RunEnded,
@@ -57,7 +60,8 @@ def encode(message: Message) -> bytes:
 
     Raises `ConfigError` when the message is larger than any receiver would take.
     """
-    payload: Buffer = getattr(message, "payload", b"")
+    buffers = _buffers(getattr(message, "payload", ()))
+    size = sum(memoryview(buffer).nbytes for buffer in buffers)
     _check_bounds(message)
     try:
         head = msgpack.packb([type(message).__name__, _plain_fields(message)], use_bin_type=True)
@@ -68,9 +72,13 @@ def encode(message: Message) -> bytes:
             f"a {type(message).__name__} with {len(head)} bytes of names and metrics cannot travel: "
             f"{MAX_HEAD_BYTES} at most (fewer tensors or shorter names)"
         )
-    if memoryview(payload).nbytes > MAX_PART_BYTES:
-        raise ConfigError(f"a part of {memoryview(payload).nbytes} bytes cannot travel: {MAX_PART_BYTES} at most")
-    return b"".join((b"\x93", bytes([PROTOCOL]), _bin_header(len(head)), head, _bin_header(len(payload)), payload))
+    if size > MAX_PART_BYTES:
+        raise ConfigError(f"a part of {size} bytes cannot travel: {MAX_PART_BYTES} at most")
+    return b"".join((b"\x93", bytes([PROTOCOL]), _bin_header(len(head)), head, _bin_header(size), *buffers))
+
+
+def _buffers(payload: messages.Payload) -> Sequence[Buffer]:
+    return (payload,) if isinstance(payload, bytes | bytearray | memoryview) else payload
 
 
 def _check_bounds(message: Message) -> None:
@@ -246,7 +254,7 @@ _BY_ANNOTATION: Final[dict[str, Callable[[Any], Any]]] = {
     "bool": _bool,
     "Scalars": _scalars,
     "Schema": _schema,
-    "Buffer": _never,
+    "Payload": _never,
 }
 
 _CHECKS: Final[dict[type[Message], dict[str, Callable[[Any], Any]]]] = {

@@ -2,12 +2,16 @@
 
 A field's annotation is also its check at decoding (see `codec`): `Count` is an int from 0 to 2**63 - 1, `Text` a
 short string, `Scalars` a flat map to bool, int, float, str or bytes, `Schema` a checked tuple of `TensorSpec`.
-`payload` is raw bytes behind the rest, up to one part, and never copied by the decoder.
+`payload` is raw bytes behind the rest, up to one part, and never copied by the decoder; whoever sends may give it as
+several buffers, which are joined as they are written.
+
+`epoch` counts the servers of a run: each one that goes on where another stopped has the next. Clients obey the
+highest that they have heard of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,6 +21,7 @@ from fedbus.wire.arrays import Buffer, Schema
 Count: TypeAlias = int
 Text: TypeAlias = str
 Scalars: TypeAlias = Mapping[str, Scalar]
+Payload: TypeAlias = Buffer | Sequence[Buffer]
 
 
 # ---- client to server, small: the control queue -----------------------------------------------------------------
@@ -71,6 +76,28 @@ class EvaluateReport:
     metrics: Scalars
 
 
+@dataclass(frozen=True, kw_only=True)
+class UploadRequest:
+    """An update of `nbytes` payload bytes is ready, and is too large to be sent unasked."""
+
+    client_id: Text
+    task_id: Text
+    run_id: Text
+    nbytes: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo:
+    """The server's word to itself: once it is back, all that clients said before it has been heard.
+
+    `sent_at` is the sender's own clock, in seconds; `run_id` and `epoch` are its own.
+    """
+
+    run_id: Text
+    epoch: Count
+    sent_at: float
+
+
 # ---- client to server, large: the updates queue -----------------------------------------------------------------
 
 
@@ -91,7 +118,7 @@ class Update:
     schema: Schema
     part_bytes: Count
     crc32: Count
-    payload: Buffer
+    payload: Payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +128,7 @@ class Part:
     transfer: Text
     index: Count
     crc32: Count
-    payload: Buffer
+    payload: Payload
 
 
 # ---- server to clients: the model stream ------------------------------------------------------------------------
@@ -117,7 +144,7 @@ class Model:
     schema: Schema
     part_bytes: Count
     crc32: Count
-    payload: Buffer
+    payload: Payload
 
     @property
     def transfer(self) -> str:
@@ -148,31 +175,48 @@ class ParametersTask:
 
     task_id: Text
     run_id: Text
+    epoch: Count
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitTask:
-    """Train model `version`, whose head lies at `offset` in the model stream; of use for `timeout_s` seconds."""
+    """Train model `version`, whose head lies at `offset` in the model stream or behind; of use for `timeout_s` seconds.
+
+    An update of more than `eager_bytes` payload bytes is announced by an `UploadRequest` first. The same task again
+    asks for its answer again.
+    """
 
     task_id: Text
     run_id: Text
+    epoch: Count
     round: Count
     version: Count
     offset: Count
     timeout_s: float
+    eager_bytes: Count
     config: Scalars
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateTask:
-    """Evaluate model `version`, whose head lies at `offset` in the model stream."""
+    """Evaluate model `version`, whose head lies at `offset` in the model stream or behind."""
 
     task_id: Text
     run_id: Text
+    epoch: Count
     round: Count
     version: Count
     offset: Count
     config: Scalars
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadGrant:
+    """The update of this task may be sent now."""
+
+    task_id: Text
+    run_id: Text
+    epoch: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +243,12 @@ class RunEnded:
     """The run is over: finished, or ended early because of `reason`."""
 
     run_id: Text
+    epoch: Count
     finished: bool
     reason: Text
 
 
-ControlMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport
+ControlMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport | UploadRequest | Echo
 Task: TypeAlias = ParametersTask | FitTask | EvaluateTask
-InboxMessage: TypeAlias = Welcome | Task | Receipt | Refusal | RunEnded
+InboxMessage: TypeAlias = Welcome | Task | UploadGrant | Receipt | Refusal | RunEnded
 Message: TypeAlias = ControlMessage | Update | Part | Model | InboxMessage

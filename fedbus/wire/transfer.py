@@ -1,25 +1,36 @@
-"""A model or an update as parts of about 1 MiB, cut on one side and put together on the other."""
+"""A model or an update as parts of about 1 MiB: cut on one side without a copy, put together on the other."""
 
 from __future__ import annotations
 
+import bisect
 import zlib
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, TypeAlias
 
 import numpy as np
 
 from fedbus.errors import DecodeError
-from fedbus.types import Array
-from fedbus.wire.arrays import Buffer, Schema, payload_bytes, views
+from fedbus.types import Array, Tensors
+from fedbus.wire.arrays import ALIGN, DTYPES, Buffer, Schema, offsets, payload_bytes, schema_of, views
 from fedbus.wire.codec import MAX_PART_BYTES
+from fedbus.wire.messages import Model, Part, Update
 
 PART_BYTES: Final = 1 << 20
 MIN_PART_BYTES: Final = 1 << 16
 """What a receiver takes at the least: bookkeeping per part must not outweigh the parts."""
 
+Piece: TypeAlias = tuple[str, int, Array]
+"""A run of a tensor's elements: its name, the flat index of the first of them, and they themselves, 1-d."""
 
-def crc32(payload: Buffer) -> int:
+
+def crc32(buffers: Buffer | Sequence[Buffer]) -> int:
     """The checksum that every part carries (CRC-32 of ISO 3309): it finds mixed-up parts, not forged ones."""
-    return zlib.crc32(payload)
+    if isinstance(buffers, bytes | bytearray | memoryview):
+        return zlib.crc32(buffers)
+    value = 0
+    for buffer in buffers:
+        value = zlib.crc32(buffer, value)
+    return value
 
 
 def part_count(total_bytes: int, part_bytes: int) -> int:
@@ -27,56 +38,205 @@ def part_count(total_bytes: int, part_bytes: int) -> int:
     return max(1, -(-total_bytes // part_bytes))
 
 
-def cut(payload: memoryview, part_bytes: int = PART_BYTES) -> list[memoryview]:
-    """The parts of `payload`, as views."""
-    count = part_count(payload.nbytes, part_bytes)
-    return [payload[i * part_bytes : (i + 1) * part_bytes] for i in range(count)]
+class Outgoing:
+    """Tensors on their way out: each part is a list of views of the arrays' own memory.
 
-
-class Assembly:
-    """The receiving end of one transfer: takes parts in any order, each once.
-
-    Memory is the payload once; a transfer of one part is not copied at all. The schema is trusted here, so compare
-    it with what is expected before an Assembly is made for it.
+    The arrays must stay as they are until the last part is sent. Only what is not C-contiguous is copied. Raises
+    `ConfigError` for what cannot travel.
     """
+
+    def __init__(self, tensors: Tensors, part_bytes: int = PART_BYTES) -> None:
+        self.schema = schema_of(tensors)
+        self.part_bytes = part_bytes
+        self.nbytes = payload_bytes(self.schema)
+        self.parts = part_count(self.nbytes, part_bytes)
+        self._buffers: list[memoryview] = []
+        self._starts: list[int] = []
+        end = 0
+        for spec, offset in offsets(self.schema):
+            if offset > end:
+                self._append(end, memoryview(bytes(offset - end)))  # padding
+            flat = np.ascontiguousarray(tensors[spec.name]).reshape(-1).view(np.uint8)
+            self._append(offset, flat.data)
+            end = offset + spec.nbytes
+
+    def _append(self, start: int, buffer: memoryview) -> None:
+        if buffer.nbytes:
+            self._starts.append(start)
+            self._buffers.append(buffer)
+
+    def part(self, index: int) -> list[memoryview]:
+        """The buffers that make up part `index`, in their order."""
+        begin = index * self.part_bytes
+        end = min(begin + self.part_bytes, self.nbytes)
+        found = []
+        for i in range(max(0, bisect.bisect_right(self._starts, begin) - 1), len(self._starts)):
+            start, buffer = self._starts[i], self._buffers[i]
+            if start >= end:
+                break
+            found.append(buffer[max(0, begin - start) : end - start])
+        return found
+
+
+class _Incoming:
+    """What both kinds of receiver check of each part."""
 
     def __init__(self, schema: Schema, part_bytes: int) -> None:
         if not 0 < part_bytes <= MAX_PART_BYTES:
             raise DecodeError(f"parts of {part_bytes} bytes, 1 to {MAX_PART_BYTES} are allowed")
         self._schema = schema
         self._part_bytes = part_bytes
-        self._total_bytes = payload_bytes(schema)
-        self._missing = set(range(part_count(self._total_bytes, part_bytes)))
-        # Untouched memory costs nothing: what was declared is paid for only as it arrives.
-        self._whole = None if len(self._missing) == 1 else np.empty(self._total_bytes, np.uint8)
-        self._only: Buffer = b""
+        self.nbytes = payload_bytes(schema)
+        self._missing = set(range(part_count(self.nbytes, part_bytes)))
 
     @property
     def missing(self) -> int:
         """How many parts are still to come."""
         return len(self._missing)
 
-    def add(self, index: int, checksum: int, payload: Buffer) -> bool:
+    def take(self, message: Update | Model | Part) -> bool:
         """Take one part; False when it was there already. Raises `DecodeError` for a part that cannot be it."""
+        index = message.index if isinstance(message, Part) else 0
+        payload = message.payload
+        assert isinstance(payload, memoryview), "only what was decoded can be taken"
         start = index * self._part_bytes
-        expected = min(self._part_bytes, self._total_bytes - start)
+        expected = min(self._part_bytes, self.nbytes - start)
         if expected < 0 or (expected == 0 and index > 0):
             raise DecodeError(f"part {index} lies behind the end of the transfer")
         if len(payload) != expected:
             raise DecodeError(f"part {index} has {len(payload)} bytes, {expected} are due")
-        if crc32(payload) != checksum:
-            raise DecodeError(f"part {index} fails its checksum")
         if index not in self._missing:
             return False
+        if crc32(payload) != message.crc32:
+            raise DecodeError(f"part {index} fails its checksum")
+        self._store(index, payload)
         self._missing.remove(index)
+        return True
+
+    def _store(self, index: int, payload: memoryview) -> None:
+        raise NotImplementedError
+
+
+class Assembly(_Incoming):
+    """The receiving end of a transfer whose tensors are wanted whole: takes parts in any order, each once.
+
+    Memory is the payload once; a transfer of one part is not copied at all. The schema is trusted here, so compare
+    it with what is expected before an Assembly is made for it.
+    """
+
+    def __init__(self, schema: Schema, part_bytes: int) -> None:
+        super().__init__(schema, part_bytes)
+        # Untouched memory costs nothing: what was declared is paid for only as it arrives.
+        self._whole = None if len(self._missing) == 1 else np.empty(self.nbytes, np.uint8)
+        self._only: Buffer = b""
+
+    def _store(self, index: int, payload: memoryview) -> None:
         if self._whole is None:
             self._only = payload
         else:
-            self._whole.data[start : start + expected] = payload
-        return True
+            start = index * self._part_bytes
+            self._whole.data[start : start + len(payload)] = payload
 
     def tensors(self) -> dict[str, Array]:
         """The tensors, as read-only views, once no part is missing."""
         assert not self._missing, "parts are missing"
         payload = self._only if self._whole is None else self._whole.data
         return views(self._schema, memoryview(payload).toreadonly())
+
+
+class PartedAssembly(_Incoming):
+    """The receiving end of a transfer that is read once, piece by piece: parts are kept as they came, never copied.
+
+    The schema is trusted here, too.
+    """
+
+    def __init__(self, schema: Schema, part_bytes: int) -> None:
+        super().__init__(schema, part_bytes)
+        if part_bytes % ALIGN:
+            raise DecodeError(
+                f"parts of {part_bytes} bytes: a multiple of {ALIGN} is due, so that none cuts a number in two"
+            )
+        self._tensors = PartedTensors(schema, part_bytes)
+
+    def _store(self, index: int, payload: memoryview) -> None:
+        self._tensors._parts[index] = payload
+
+    def pieces_of(self, message: Update | Part) -> Iterator[Piece]:
+        """The runs of elements that one part holds."""
+        return self._tensors._pieces_of(message.index if isinstance(message, Part) else 0)
+
+    def tensors(self) -> PartedTensors:
+        """The tensors, once no part is missing."""
+        assert not self._missing, "parts are missing"
+        return self._tensors
+
+
+class PartedTensors(Mapping[str, Array]):
+    """Tensors that lie in the parts they came in.
+
+    `pieces` is the cheap way to read them, once: it lets go of each part as soon as it is behind it. As a mapping it
+    gives whole, read-only tensors, put together when they are asked for.
+    """
+
+    def __init__(self, schema: Schema, part_bytes: int) -> None:
+        self._specs = {spec.name: (spec, offset) for spec, offset in offsets(schema)}
+        self._layout = list(self._specs.values())
+        self._starts = [offset for _, offset in self._layout]
+        self._part_bytes = part_bytes
+        self.nbytes = payload_bytes(schema)
+        self._parts: list[memoryview | None] = [None] * part_count(self.nbytes, part_bytes)
+
+    def __repr__(self) -> str:
+        return f"<PartedTensors {len(self._layout)} tensors, {self.nbytes} bytes>"
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __getitem__(self, name: str) -> Array:
+        spec, offset = self._specs[name]
+        first, last = offset // self._part_bytes, max(offset, offset + spec.nbytes - 1) // self._part_bytes
+        if first == last or not spec.nbytes:
+            raw = self._bytes_of(first, offset, offset + spec.nbytes) if spec.nbytes else memoryview(b"")
+        else:
+            whole = np.empty(spec.nbytes, np.uint8)
+            for index in range(first, last + 1):
+                begin = max(offset, index * self._part_bytes)
+                part = self._bytes_of(index, begin, min(offset + spec.nbytes, (index + 1) * self._part_bytes))
+                whole.data[begin - offset : begin - offset + len(part)] = part
+            raw = whole.data.toreadonly()
+        flat = np.frombuffer(raw, DTYPES[spec.dtype]) if spec.nbytes else np.empty(0, DTYPES[spec.dtype])
+        return flat.reshape(spec.shape)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every element once: tensors in their order, each in one run or several; parts behind us are let go."""
+        for index in range(len(self._parts)):
+            yield from self._pieces_of(index)
+            self._parts[index] = None
+
+    def _bytes_of(self, index: int, begin: int, end: int) -> memoryview:
+        part = self._parts[index]
+        if part is None:
+            raise KeyError("these tensors were read piece by piece, and are gone")
+        start = index * self._part_bytes
+        return part[begin - start : end - start]
+
+    def _pieces_of(self, index: int) -> Iterator[Piece]:
+        begin = index * self._part_bytes
+        end = min(begin + self._part_bytes, self.nbytes)
+        is_last = index == len(self._parts) - 1
+        for i in range(max(0, bisect.bisect_left(self._starts, begin) - 1), len(self._layout)):
+            spec, offset = self._layout[i]
+            if offset >= end and not (is_last and not spec.nbytes):
+                break
+            if not spec.nbytes:
+                if begin <= offset:
+                    yield spec.name, 0, np.empty(0, DTYPES[spec.dtype])
+                continue
+            first, last = max(offset, begin), min(offset + spec.nbytes, end)
+            if first < last:
+                dtype = DTYPES[spec.dtype]
+                values = np.frombuffer(self._bytes_of(index, first, last), dtype)
+                yield spec.name, (first - offset) // dtype.itemsize, values

@@ -23,13 +23,13 @@ from fedbus.wire.arrays import (
     MAX_PAYLOAD_BYTES,
     TensorSpec,
     check_schema,
-    pack,
     payload_bytes,
     schema_of,
     views,
 )
 from fedbus.wire.codec import KINDS, MAX_HEAD_BYTES, MAX_PART_BYTES, PROTOCOL, decode, encode
-from fedbus.wire.transfer import Assembly, crc32, cut, part_count
+from fedbus.wire.transfer import Assembly, Outgoing, PartedAssembly, crc32, part_count
+from tests.kit import pack
 
 PLAIN_DTYPES = sorted(name for name in DTYPES if name != "bfloat16")
 
@@ -152,7 +152,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
     "Scalars": scalars,
     "Schema": schemas,
-    "Buffer": st.binary(max_size=64),
+    "Payload": st.binary(max_size=64),
 }
 
 
@@ -241,6 +241,7 @@ def test_the_payload_is_a_view_into_the_body() -> None:
     body = encode(m.Part(transfer="t", index=1, crc32=2, payload=bytes(1000)))
     part = decode(body)
     assert isinstance(part, m.Part)
+    assert isinstance(part.payload, memoryview)
     assert np.shares_memory(np.frombuffer(part.payload, np.uint8), np.frombuffer(body, np.uint8))
 
 
@@ -312,28 +313,83 @@ def test_what_is_too_large_to_travel_is_refused_at_the_sender() -> None:
 # ---- transfers -------------------------------------------------------------------------------------------------------
 
 
+def part_of(index: int, payload: bytes | bytearray | memoryview, checksum: int | None = None) -> m.Part:
+    """A part as it comes out of the decoder."""
+    view = memoryview(payload)
+    return m.Part(transfer="t", index=index, crc32=crc32(view) if checksum is None else checksum, payload=view)
+
+
+def parts_of(outgoing: Outgoing) -> list[m.Part]:
+    return [part_of(index, b"".join(outgoing.part(index))) for index in range(outgoing.parts)]
+
+
 @given(st.lists(arrays(), max_size=4), st.integers(1, 40), st.randoms(use_true_random=False))
 def test_parts_in_any_order_and_twice_give_the_tensors(values: list[Array], part_bytes: int, random: Any) -> None:
     tensors = {str(index): value for index, value in enumerate(values)}
-    schema, payload = pack(tensors)
-    parts = list(enumerate(cut(payload, part_bytes)))
-    assert len(parts) == part_count(payload.nbytes, part_bytes)
+    outgoing = Outgoing(tensors, part_bytes)
+    parts = parts_of(outgoing)
+    assert len(parts) == part_count(outgoing.nbytes, part_bytes)
     random.shuffle(parts)
-    assembly = Assembly(schema, part_bytes)
-    for count, (index, part) in enumerate(parts):
+    assembly = Assembly(outgoing.schema, part_bytes)
+    for count, part in enumerate(parts):
         assert assembly.missing == len(parts) - count
-        assert assembly.add(index, crc32(part), bytes(part))
-        assert not assembly.add(index, crc32(part), bytes(part))
+        assert assembly.take(part)
+        assert not assembly.take(part)
     back = assembly.tensors()
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
 
 
+@given(st.lists(arrays(), max_size=6), st.sampled_from([ALIGN, 2 * ALIGN, 1 << 20]), st.randoms(use_true_random=False))
+def test_parts_that_are_never_put_together_give_each_element_once(
+    values: list[Array], part_bytes: int, random: Any
+) -> None:
+    tensors = {str(index): value for index, value in enumerate(values)}
+    outgoing = Outgoing(tensors, part_bytes)
+    parts = parts_of(outgoing)
+    random.shuffle(parts)
+    assembly = PartedAssembly(outgoing.schema, part_bytes)
+    for part in parts:
+        assert assembly.take(part)
+    parted = assembly.tensors()
+    assert list(parted) == list(tensors)
+    assert all(same_bits(parted[name], tensors[name]) for name in tensors)
+    runs: dict[str, list[Array]] = {name: [] for name in tensors}
+    for name, start, run in parted.pieces():
+        assert start == sum(earlier.size for earlier in runs[name])
+        runs[name].append(run)
+    for name, value in tensors.items():
+        assert all(run.dtype == value.dtype for run in runs[name])
+        assert b"".join(run.tobytes() for run in runs[name]) == value.tobytes()
+
+
+def test_what_was_read_piece_by_piece_is_gone() -> None:
+    outgoing = Outgoing({"w": np.arange(100.0)}, ALIGN)
+    assembly = PartedAssembly(outgoing.schema, ALIGN)
+    for part in parts_of(outgoing):
+        assembly.take(part)
+    parted = assembly.tensors()
+    pieces = parted.pieces()
+    for _ in range(3):
+        next(pieces)
+    assert [part is None for part in parted._parts].count(True) == 2  # the one at hand is still here
+    with pytest.raises(KeyError, match="gone"):
+        parted["w"]
+
+
+def test_what_goes_out_is_not_copied_unless_it_has_to_be() -> None:
+    whole, strided = np.arange(1000.0), np.arange(1000.0)[::2]
+    (first,) = Outgoing({"w": whole}).part(0)
+    assert np.shares_memory(np.frombuffer(first, np.uint8), whole)
+    (second,) = Outgoing({"w": strided}).part(0)
+    assert np.frombuffer(second).tolist() == strided.tolist()
+
+
 @pytest.mark.parametrize("part_bytes", [1 << 20, 8])
 def test_what_was_received_cannot_be_written_to(part_bytes: int) -> None:
-    schema, payload = pack({"w": np.arange(10.0)})
-    assembly = Assembly(schema, part_bytes)
-    for index, part in enumerate(cut(payload, part_bytes)):
-        assembly.add(index, crc32(part), bytearray(part))
+    outgoing = Outgoing({"w": np.arange(10.0)}, part_bytes)
+    assembly = Assembly(outgoing.schema, part_bytes)
+    for index in range(outgoing.parts):
+        assembly.take(part_of(index, bytearray(b"".join(outgoing.part(index)))))
     with pytest.raises(ValueError, match="read-only"):
         assembly.tensors()["w"] += 1
 
@@ -342,7 +398,7 @@ def test_a_transfer_of_one_part_is_not_copied() -> None:
     schema, payload = pack({"w": np.arange(10.0)})
     body = bytes(payload)
     assembly = Assembly(schema, 1 << 20)
-    assembly.add(0, crc32(body), body)
+    assembly.take(part_of(0, body))
     assert np.shares_memory(assembly.tensors()["w"], np.frombuffer(body, np.uint8))
 
 
@@ -353,13 +409,13 @@ def test_a_transfer_of_one_part_is_not_copied() -> None:
 def test_a_part_that_does_not_fit_is_refused(index: int, part: bytes, complaint: str) -> None:
     assembly = Assembly((TensorSpec("w", "|u1", (24,)),), 8)
     with pytest.raises(DecodeError, match=complaint):
-        assembly.add(index, crc32(part), part)
+        assembly.take(part_of(index, part))
 
 
 def test_a_part_with_a_wrong_checksum_is_refused_and_still_missing() -> None:
     assembly = Assembly((TensorSpec("w", "|u1", (8,)),), 8)
     with pytest.raises(DecodeError, match="checksum"):
-        assembly.add(0, 1, bytes(8))
+        assembly.take(part_of(0, bytes(8), checksum=1))
     assert assembly.missing == 1
 
 
@@ -367,3 +423,8 @@ def test_a_part_with_a_wrong_checksum_is_refused_and_still_missing() -> None:
 def test_parts_of_an_absurd_size_are_refused(part_bytes: int) -> None:
     with pytest.raises(DecodeError, match="parts"):
         Assembly((TensorSpec("w", "|u1", (8,)),), part_bytes)
+
+
+def test_parts_that_would_cut_a_number_in_two_are_refused_where_they_are_read_as_they_lie() -> None:
+    with pytest.raises(DecodeError, match="multiple of 64"):
+        PartedAssembly((TensorSpec("w", "<f8", (100,)),), 100)
