@@ -15,8 +15,10 @@ ENDED     every further update is refused
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from fedbus.config import RoundConfig
 from fedbus.rounds import commands as c
@@ -24,6 +26,7 @@ from fedbus.rounds import events as e
 from fedbus.rounds.cohort import sample
 from fedbus.rounds.commands import CloseReason, Command, Outcome
 from fedbus.rounds.membership import Member, Membership
+from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.rounds.staleness import polynomial
 
 
@@ -43,6 +46,15 @@ class TaskState(Enum):
     FAILED = "failed"
 
 
+class Fate(Enum):
+    """What has become of the update of a task."""
+
+    AWAITED = "awaited"
+    HERE = "here"  # held, or folded into a round that is not committed yet
+    COMMITTED = "committed"
+    UNWANTED = "unwanted"
+
+
 @dataclass(slots=True)
 class _Task:
     client_id: str
@@ -50,6 +62,7 @@ class _Task:
     version: int
     due_at: float  # after that its client may be given another one
     state: TaskState = TaskState.WORKING
+    folded_in: int = 0  # the round that its update is in
 
 
 @dataclass(slots=True)
@@ -77,6 +90,13 @@ class _Evaluation:
     missing: list[str] = field(default_factory=list)
 
 
+_RESTORED_STATES: Final[Mapping[str, TaskState]] = {
+    "working": TaskState.WORKING,
+    "folded": TaskState.FOLDED,
+    "failed": TaskState.FAILED,
+}
+
+
 class Engine:
     """One run's rounds.
 
@@ -85,9 +105,20 @@ class Engine:
         seed: of the cohorts.
         run_id: goes into every task_id.
         has_model: False when the initial model must come from a client.
+        restored: the run so far, when it goes on where another server had to stop. Rounds go on with `ModelReady`.
+        now: the time, when there is something to restore.
     """
 
-    def __init__(self, config: RoundConfig, *, seed: int, run_id: str, has_model: bool = True) -> None:
+    def __init__(
+        self,
+        config: RoundConfig,
+        *,
+        seed: int,
+        run_id: str,
+        has_model: bool = True,
+        restored: Restored | None = None,
+        now: float = -math.inf,
+    ) -> None:
         self._config = config
         self._seed = seed
         self._run_id = run_id
@@ -108,8 +139,30 @@ class Engine:
         self._follow_up: list[Command] = []  # goes out once the next round's tasks have
         self._committed_rounds = 0
         self._stop: str | None = None
-        self._now = -math.inf
+        self._now = now
         self._out: list[Command] = []
+        self._restored_cohort: tuple[RestoredTask, ...] = ()
+        self._evaluation_due = False
+        if restored is not None:
+            self._restore(restored)
+
+    def _restore(self, restored: Restored) -> None:
+        self._version = restored.version
+        self._number = self._committed_rounds = restored.rounds
+        self._evaluation_due = restored.evaluation_due
+        for task in restored.tasks:
+            self._tasks[task.task_id] = _Task(
+                client_id=task.client_id,
+                round=task.round,
+                version=task.version,
+                due_at=self._now + self._config.timeout_s,
+                state=_RESTORED_STATES[task.state],
+                folded_in=task.folded_in,
+            )
+        self._restored_cohort = tuple(task for task in restored.tasks if task.round == restored.rounds + 1)
+        working = {task.client_id: task.task_id for task in restored.tasks if task.state == "working"}
+        for client_id in (*restored.clients, *(task.client_id for task in self._restored_cohort)):
+            self._members.presume(client_id, self._now).fit_task = working.get(client_id)
 
     def __repr__(self) -> str:
         return (
@@ -132,6 +185,17 @@ class Engine:
             return not self._has_model and client_id in self._parameters_asked
         task = self._tasks.get(task_id)
         return task is not None and task.client_id == client_id and task.state in (TaskState.WORKING, TaskState.LOST)
+
+    def fate(self, task_id: str, client_id: str) -> Fate:
+        """What has become of this client's update for this task."""
+        if self.awaits(task_id, client_id):
+            return Fate.AWAITED
+        task = self._tasks.get(task_id)
+        if task is None or task.client_id != client_id:
+            return Fate.UNWANTED
+        if task.state is TaskState.FOLDED:
+            return Fate.COMMITTED if task.folded_in <= self._committed_rounds else Fate.HERE
+        return Fate.HERE if task.state is TaskState.HELD else Fate.UNWANTED
 
     def awaits_report(self, task_id: str, client_id: str) -> bool:
         """Whether an evaluation of this client is due."""
@@ -162,6 +226,10 @@ class Engine:
                 self._evaluated(event.task_id, event.client_id, reported=True)
             case e.RoundCommitted():
                 self._committed(event)
+            case e.EchoHeard():
+                self._members.heard_through = event.sent_at
+            case e.TasksInDoubt():
+                self._send_again(event.client_id)
             case e.StopRequested():
                 self._stop = self._stop or event.reason
         return self._settle_down()
@@ -198,6 +266,11 @@ class Engine:
             if self._round is not None and self._round.recheck_at <= self._now < self._round.closes_at:
                 self._grow_cohort()
             self._close_if_due()
+        if self._evaluation_due and self._model_ready:
+            self._evaluation_due = False
+            self._open_evaluation(self._committed_rounds)
+            self._out += self._follow_up
+            self._follow_up = []
         self._close_evaluations()
         self._end_if_due()
         out, self._out = self._out, []
@@ -211,9 +284,9 @@ class Engine:
         known = self._members.get(event.client_id)
         former_session = known.session if known is not None else event.session
         is_new = self._members.renew(event.client_id, event.session, self._now)
-        if is_new or isinstance(event, e.ClientJoined):
+        if is_new or not former_session or isinstance(event, e.ClientJoined):
             self._out.append(c.WelcomeClient(client_id=event.client_id, session=event.session))
-        if known is not None and former_session != event.session:
+        if known is not None and former_session not in ("", event.session):
             self._restarted(known)
         if not is_new:
             return
@@ -239,9 +312,22 @@ class Engine:
         if self._phase is Phase.OPEN:
             self._grow_cohort()
 
+    def _send_again(self, only: str | None) -> None:
+        """Repeat the tasks that are still unanswered: a client that has its answer ready sends that again."""
+        if self._parameters_task is not None and only in (None, self._parameters_task[1]):
+            task_id, client_id = self._parameters_task
+            self._out.append(c.RequestParameters(client_id=client_id, task_id=task_id))
+        if self._round is not None and self._phase is Phase.OPEN:
+            for client_id, task_id in self._round.cohort.items():
+                if client_id in self._round.working and client_id in self._members and only in (None, client_id):
+                    self._out.append(self._send(self._round, client_id, task_id))
+        for evaluation in self._evaluations.values():
+            asked = {task: client for task, client in evaluation.outstanding.items() if only in (None, client)}
+            self._out += self._evaluate_tasks(evaluation, asked)
+
     def _left(self, event: e.ClientLeft) -> None:
         member = self._members.get(event.client_id)
-        if member is not None and member.session == event.session:  # a word of its former life changes nothing
+        if member is not None and member.session in ("", event.session):  # a word of its former life changes nothing
             self._lose(member, event.reason, left=True)
 
     def _lose(self, member: Member, reason: str, *, left: bool) -> None:
@@ -296,8 +382,11 @@ class Engine:
     # ---- a round opens -------------------------------------------------------------------------------------------
 
     def _open_if_possible(self) -> None:
-        needed = 1 if self._number else self._config.start_clients
+        needed = 1 if self._number or self._restored_cohort else self._config.start_clients
         if not self._model_ready or self._stop is not None or len(self._members) < needed:
+            return
+        if self._number >= self._config.num_rounds:  # resumed after its last commit
+            self._phase = Phase.DRAINING
             return
         self._number += 1
         self._phase = Phase.OPEN
@@ -308,7 +397,7 @@ class Engine:
             closes_at=self._now + self._config.timeout_s,
         )
         self._forget_old_tasks()
-        tasks = self._new_tasks(self._round)
+        tasks = self._reopened(self._round) if self._restored_cohort else self._new_tasks(self._round)
         self._out.append(
             c.RoundOpened(
                 round=self._number,
@@ -323,6 +412,24 @@ class Engine:
         for event in held:
             self._tasks[event.task_id].state = TaskState.WORKING
             self._received(event)
+
+    def _reopened(self, round_: _Round) -> list[c.SendFitTask]:
+        """The cohort that was drawn before the interruption; what is not answered is sent again."""
+        cohort, self._restored_cohort = self._restored_cohort, ()
+        for task in cohort:
+            round_.cohort[task.client_id] = task.task_id
+            if task.state == "working":
+                round_.working.add(task.client_id)
+            elif task.state == "failed":
+                round_.failed[task.client_id] = task.reason
+        round_.lost += [client_id for client_id in round_.cohort if client_id not in self._members]
+        round_.working.difference_update(round_.lost)
+        again = [
+            self._send(round_, client_id, task_id)
+            for client_id, task_id in round_.cohort.items()
+            if client_id in round_.working and self._tasks[task_id].state is not TaskState.HELD
+        ]
+        return again + self._new_tasks(round_)
 
     def _grow_cohort(self) -> None:
         """Fill the places that a late joiner brings, a lost client leaves or a straggler can take again."""
@@ -426,7 +533,8 @@ class Engine:
 
     def _already_settled(self, event: e.UpdateReceived | e.UpdateInvalid, task: _Task) -> bool:
         if task.state in (TaskState.FOLDED, TaskState.HELD):
-            self._settle(event, Outcome.DUPLICATE)
+            is_durable = 0 < task.folded_in <= self._committed_rounds
+            self._settle(event, Outcome.DUPLICATE, round_=task.folded_in if is_durable else 0)
         elif task.state is TaskState.FAILED:
             self._settle(event, Outcome.REFUSED, "its task has ended already")
         else:
@@ -447,7 +555,7 @@ class Engine:
                 f"{staleness} versions late, max_staleness is {self._config.max_staleness}",
             )
         else:
-            task.state = TaskState.FOLDED
+            task.state, task.folded_in = TaskState.FOLDED, self._round.number
             if self._round.cohort.get(event.client_id) == event.task_id and event.client_id in self._round.lost:
                 self._round.lost.remove(event.client_id)  # it went, but its update had been on its way
             self._round.folded.append(
@@ -489,7 +597,9 @@ class Engine:
         self._settle(event, Outcome.REFUSED, event.reason)
         self._fail(event.task_id, task, event.reason)
 
-    def _settle(self, event: e.UpdateReceived | e.UpdateInvalid, outcome: Outcome, reason: str = "") -> None:
+    def _settle(
+        self, event: e.UpdateReceived | e.UpdateInvalid, outcome: Outcome, reason: str = "", round_: int = 0
+    ) -> None:
         self._out.append(
             c.Settle(
                 client_id=event.client_id,
@@ -497,6 +607,7 @@ class Engine:
                 delivery=event.delivery,
                 outcome=outcome,
                 reason=reason,
+                round=round_,
             )
         )
 
@@ -637,12 +748,20 @@ class Engine:
             return
         timeout_s = self._config.evaluate_timeout_s or self._config.timeout_s
         outstanding = {self._task_id("evaluate", round_, client_id): client_id for client_id in chosen}
-        self._evaluations[round_] = _Evaluation(round_, self._version, self._now + timeout_s, outstanding)
-        self._follow_up += [
+        evaluation = _Evaluation(round_, self._version, self._now + timeout_s, outstanding)
+        self._evaluations[round_] = evaluation
+        self._follow_up += self._evaluate_tasks(evaluation, outstanding)
+
+    def _evaluate_tasks(self, evaluation: _Evaluation, asked: Mapping[str, str]) -> list[c.SendEvaluateTask]:
+        return [
             c.SendEvaluateTask(
-                client_id=client_id, task_id=task_id, round=round_, version=self._version, timeout_s=timeout_s
+                client_id=client_id,
+                task_id=task_id,
+                round=evaluation.round,
+                version=evaluation.version,
+                timeout_s=max(0.0, evaluation.closes_at - self._now),
             )
-            for task_id, client_id in outstanding.items()
+            for task_id, client_id in asked.items()
         ]
 
     def _evaluated(self, task_id: str, client_id: str, *, reported: bool) -> int | None:

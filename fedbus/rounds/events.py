@@ -79,6 +79,24 @@ class RoundCommitted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EchoHeard:
+    """A word to ourselves came back the way that the clients' heartbeats come.
+
+    Whatever was said before `sent_at` has been heard by now, so silence until then was silence. After the first echo
+    no lease ends on any other ground: a broker that is gone or blocked, or our own long sleep, costs nobody a place.
+    """
+
+    sent_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksInDoubt:
+    """What was asked, or answered, may be lost: by all, or by one client."""
+
+    client_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopRequested:
     reason: str
 
@@ -93,5 +111,7 @@ Event: TypeAlias = (
     | TaskFailed
     | EvaluateReported
     | RoundCommitted
+    | EchoHeard
+    | TasksInDoubt
     | StopRequested
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Member:
-    """A client that was heard of within its lease."""
+    """A client that was heard of within its lease; `session` is empty until it was heard of at all."""
 
     client_id: str
     session: str
@@ -24,6 +25,8 @@ class Membership:
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
         self._members: OrderedDict[str, Member] = OrderedDict()
+        self.heard_through = math.inf
+        """The time up to which everything that clients said has been heard: silence after it proves nothing."""
 
     def __len__(self) -> int:
         return len(self._members)
@@ -48,19 +51,27 @@ class Membership:
         self._members.move_to_end(client_id)
         return False
 
+    def presume(self, client_id: str, now: float) -> Member:
+        """Take somebody for a member who was one before we were; its session is not known, so it is empty."""
+        if client_id not in self._members:
+            self._members[client_id] = Member(client_id, "", now)
+        return self._members[client_id]
+
     def remove(self, client_id: str) -> Member | None:
         return self._members.pop(client_id, None)
 
     def next_expiry(self) -> float | None:
-        """When the longest silent member's lease ends."""
+        """When the longest silent member's lease ends; None while that is not known."""
         first = next(iter(self._members.values()), None)
-        return None if first is None else first.heard_at + self._lease_s
+        if first is None or first.heard_at + self._lease_s > self.heard_through:
+            return None
+        return first.heard_at + self._lease_s
 
     def expired(self, now: float) -> list[Member]:
         """The members whose lease has ended; they stay until they are removed."""
         lost = []
         for member in self._members.values():
-            if member.heard_at + self._lease_s > now:
+            if member.heard_at + self._lease_s > min(now, self.heard_through):
                 break
             lost.append(member)
         return lost
