@@ -10,31 +10,48 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fedbus.app import App
-from fedbus.bus.rabbitmq import connect, redacted
+from fedbus.bus.rabbitmq import connect_supervised, redacted
+from fedbus.bus.supervised import LinkState
 from fedbus.client.runtime import ClientRuntime
 from fedbus.config import check_client_id
-from fedbus.errors import RunFailed
+from fedbus.errors import ConfigError, RunFailed
 from fedbus.observe import events as o
 from fedbus.server.history import History
 from fedbus.server.runtime import Server
 
 
 async def serve(
-    app: App, *, broker: str, run_dir: Path | str | None = None, observers: Sequence[o.Observe] = ()
+    app: App,
+    *,
+    broker: str,
+    run_dir: Path | str | None = None,
+    resume: bool = False,
+    observers: Sequence[o.Observe] = (),
 ) -> History:
     """Run the server of `app` against the broker URL `broker`, to the end of its rounds.
 
     In the main thread SIGTERM and Ctrl-C end the run gracefully: a commit under way is finished, clients are told.
-    `run_dir` receives history.json and model.safetensors.
+    `run_dir` receives the ledger, history.json and model.safetensors. With `resume` the run that is in it goes on from
+    its last commit, whatever became of its server; where there is none, one begins.
 
     Raises:
         ConfigError: for a URL or a run folder that cannot be used.
-        BrokerError: when the broker cannot be reached, refuses us, or goes away.
-        RunFailed: when the run was stopped, or no update was ever accepted.
+        BrokerError: when the broker cannot be reached or refuses us; one that goes away later is waited for.
+        RunFailed: when the run was stopped, or no update was ever accepted, or another server took it over.
     """
-    async with await connect(broker, name="fedbus server") as bus:
+    if resume and run_dir is None:
+        raise ConfigError("resume needs the run_dir of the run that is to go on")
+    server: Server | None = None
+
+    def on_state(state: LinkState) -> None:
+        _tell(observers, _link_event(state))
+        if state.kind == "restored" and server is not None:
+            server.connection_restored()
+
+    async with await connect_supervised(broker, name="fedbus server", on_state=on_state) as bus:
         _tell(observers, o.ConnectedToBroker(broker=redacted(broker), role="server"))
-        server = Server(app, bus, run_dir=None if run_dir is None else Path(run_dir), observers=observers)
+        folder = None if run_dir is None else Path(run_dir)
+        server = Server(app, bus, run_dir=folder, resume=resume, observers=observers)
         with on_signals(lambda name: server.request_stop(f"stopped by {name}")):
             return await server.run()
 
@@ -54,11 +71,16 @@ async def join(
 
     Raises:
         ConfigError: for a URL or a client id that cannot be used.
-        BrokerError: when the broker cannot be reached, refuses us, or goes away; `QueueBusy` for a taken id.
+        BrokerError: when the broker cannot be reached or refuses us (one that goes away later is waited for);
+            `QueueBusy` for a taken id.
         RunFailed: when the server ended the run early.
     """
     check_client_id(client_id)
-    async with await connect(broker, name=f"fedbus client {client_id}") as bus:
+
+    def on_state(state: LinkState) -> None:
+        _tell(observers, _link_event(state))
+
+    async with await connect_supervised(broker, name=f"fedbus client {client_id}", on_state=on_state) as bus:
         _tell(observers, o.ConnectedToBroker(broker=redacted(broker), role="client"))
         client = ClientRuntime(
             app, bus, client_id=client_id, partition=partition, num_partitions=num_partitions, observers=observers
@@ -71,10 +93,15 @@ async def join(
 
 
 def start_server(
-    app: App, *, broker: str, run_dir: Path | str | None = None, observers: Sequence[o.Observe] = ()
+    app: App,
+    *,
+    broker: str,
+    run_dir: Path | str | None = None,
+    resume: bool = False,
+    observers: Sequence[o.Observe] = (),
 ) -> History:
     """`serve`, blocking."""
-    return asyncio.run(serve(app, broker=broker, run_dir=run_dir, observers=observers))
+    return asyncio.run(serve(app, broker=broker, run_dir=run_dir, resume=resume, observers=observers))
 
 
 def start_client(
@@ -120,6 +147,18 @@ def on_signals(stop: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+def _link_event(state: LinkState) -> object:
+    match state.kind:
+        case "lost":
+            return o.BrokerLost(broker=state.broker, reason=state.reason)
+        case "restored":
+            return o.BrokerRestored(broker=state.broker, outage_s=state.outage_s)
+        case "blocked":
+            return o.BrokerBlocked(broker=state.broker, reason=state.reason)
+        case "unblocked":
+            return o.BrokerUnblocked(broker=state.broker, outage_s=state.outage_s)
 
 
 def _tell(observers: Sequence[o.Observe], event: object) -> None:

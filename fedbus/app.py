@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from fedbus.config import RoundConfig
 from fedbus.errors import AppError, ConfigError, RunFailed, one_line
@@ -36,6 +36,8 @@ class App:
         evaluate_fn: central evaluation, (round, {name: array}) -> (loss, metrics); runs beside the rounds.
         rounds: how rounds open and close.
         fit_config, evaluate_config: settings sent with the tasks; a mapping, or a function of the round.
+        update_queue: the kind of queue that updates wait in: "quorum" outlives the loss of a broker node, "classic"
+            is quicker where there is only one. It is settled when the queue is made.
         seed: of the cohorts; also sent to clients as "seed" in the fit config unless that is set there.
 
     Raises:
@@ -49,6 +51,7 @@ class App:
     rounds: RoundConfig = field(default_factory=RoundConfig)
     fit_config: ConfigFn = field(default_factory=dict)
     evaluate_config: ConfigFn = field(default_factory=dict)
+    update_queue: Literal["quorum", "classic"] = "quorum"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +61,8 @@ class App:
             raise ConfigError(f"strategy must be a fedbus Strategy such as FedAvg(), not {self.strategy!r}")
         if not isinstance(self.rounds, RoundConfig):
             raise ConfigError(f"rounds must be a RoundConfig, not {self.rounds!r}")
+        if self.update_queue not in ("quorum", "classic"):
+            raise ConfigError(f"update_queue must be 'quorum' or 'classic', not {self.update_queue!r}")
         _check_takes(self.client_fn, "client_fn", "(context)", 1)
         if self.evaluate_fn is not None:
             if not callable(self.evaluate_fn):

@@ -19,10 +19,24 @@ from fedbus.config import RoundConfig
 from fedbus.server.history import History
 from fedbus.server.runtime import Server
 from fedbus.training.base import ClientContext, NumPyClient
-from fedbus.types import Array, Scalar
+from fedbus.types import Array, Scalar, Tensors
+from fedbus.wire.arrays import Schema
 from fedbus.wire.messages import RunEnded
+from fedbus.wire.transfer import PART_BYTES, Outgoing, part_count
 
 T = TypeVar("T")
+
+
+def pack(tensors: Tensors) -> tuple[Schema, memoryview]:
+    """The schema of `tensors` and their payload in one run of bytes."""
+    outgoing = Outgoing(tensors)
+    return outgoing.schema, memoryview(b"".join(buffer for i in range(outgoing.parts) for buffer in outgoing.part(i)))
+
+
+def cut(payload: memoryview, part_bytes: int = PART_BYTES) -> list[memoryview]:
+    """The parts of `payload`."""
+    return [payload[i * part_bytes : (i + 1) * part_bytes] for i in range(part_count(payload.nbytes, part_bytes))]
+
 
 QUICK: dict[str, Any] = {"num_rounds": 2, "heartbeat_s": 0.05, "lease_s": 2.0, "timeout_s": 30.0}
 """Round settings for tests: short heartbeats, no short timeouts."""

@@ -69,8 +69,9 @@ def inbox(client_id: str) -> str:
     return f"fedbus.inbox.{client_id}"
 
 
-def ingress() -> Topology:
+def ingress(update_queue: Literal["quorum", "classic"] = "quorum") -> Topology:
     """What must be there before a client can say anything, whoever comes first."""
+    limit = 1_000_000 if update_queue == "quorum" else None  # classic queues have none
     return Topology(
         exchanges=(
             Exchange(name=TASKS, kind="direct"),
@@ -82,7 +83,7 @@ def ingress() -> Topology:
             Queue(name=CONTROL),
             # From RabbitMQ 4.0 the default limit of 20 would drop an update after 20 crashes of the server; -1
             # drops the first redelivery on 3.x.
-            Queue(name=UPDATES, kind="quorum", dead_letter_exchange=DEAD, delivery_limit=1_000_000),
+            Queue(name=UPDATES, kind=update_queue, dead_letter_exchange=DEAD, delivery_limit=limit),
             Queue(name=DEAD, max_bytes=64 << 20),
         ),
         bindings=(

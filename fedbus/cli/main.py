@@ -20,6 +20,7 @@ from fedbus.cli.options import (
     Debug,
     Json,
     LogJson,
+    Resume,
     RunDir,
     broker_or_detached,
     interrupt_as_error,
@@ -101,6 +102,7 @@ def server(
     reference: AppReference,
     broker: Broker = None,
     run_dir: RunDir = None,
+    resume: Resume = False,
     as_json: Json = False,
     log_json: LogJson = False,
     debug: Debug = False,
@@ -109,11 +111,13 @@ def server(
 
     Without --broker it uses the node that 'fedbus broker start' left running on this machine.
     """
+    if resume and run_dir is None:
+        raise UsageError("--resume needs --run-dir: the folder of the run that is to go on")
     loaded = load_app(reference)
     url = broker_or_detached(broker)
     folder = run_dir or new_run_dir()
-    with screen(folder, as_json=as_json, log_json=log_json) as shown:
-        history = run_async(serve(loaded, broker=url, run_dir=folder, observers=shown.observers))
+    with screen(folder, as_json=as_json, log_json=log_json, resume=resume) as shown:
+        history = run_async(serve(loaded, broker=url, run_dir=folder, resume=resume, observers=shown.observers))
         draw_curves(history, folder)
     report(history, folder, as_json=as_json)
 

@@ -57,6 +57,10 @@ Debug = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Folder for history.json and model.safetensors; default: by the time.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the run in --run-dir; begin one if it holds none."),
+]
 
 
 def log_level() -> int:

@@ -32,10 +32,10 @@ class Screen:
 
 
 @contextlib.contextmanager
-def screen(run_dir: Path, *, as_json: bool, log_json: bool) -> Iterator[Screen]:
+def screen(run_dir: Path, *, as_json: bool, log_json: bool, resume: bool = False) -> Iterator[Screen]:
     """Show a run whose folder is `run_dir`, and keep its log there. With `as_json` stdout is left to the result."""
     is_new = not run_dir.exists()
-    RunFolder(run_dir)  # before anything is started
+    RunFolder(run_dir, resume=resume)  # before anything is started
     console = Console(stderr=as_json)
     if log_json or not console.is_terminal:
         set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
@@ -59,7 +59,7 @@ def _folder_named(run_dir: Path, *, is_new: bool) -> Iterator[None]:
             raise
         raise RunFailed(f"{exc} (run folder: {run_dir})") from exc
     except FedbusError:
-        if not (run_dir / "history.json").exists():
+        if not any((run_dir / name).exists() for name in ("history.json", "ledger.sqlite")):
             (run_dir / "server.log").unlink(missing_ok=True)
             if is_new:
                 with contextlib.suppress(OSError):

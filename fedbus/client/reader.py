@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import Final
 
 from fedbus.bus.base import Bus, Consumer
 from fedbus.bus.topology import MODEL
@@ -10,54 +13,145 @@ from fedbus.errors import BrokerError, DecodeError, QueueMissing
 from fedbus.types import Array
 from fedbus.wire.codec import decode
 from fedbus.wire.messages import Message, Model, Part
-from fedbus.wire.transfer import Assembly
+from fedbus.wire.transfer import Assembly, part_count
 
-_PREFETCH = 8
-_SILENCE_S = 60.0
+_PREFETCH: Final = 8
+_SILENCE_S: Final = 60.0
+_NEAR: Final = 8
+"""Messages that are skipped rather than the subscription made anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a model is: `version` of run `run_id`, published in `epoch`, at `offset` of the stream or behind."""
+
+    run_id: str
+    epoch: int
+    version: int
+    offset: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells models apart: a version is committed before it is published, so it is the same in each epoch."""
+        return self.run_id, self.version
 
 
 class ModelReader:
-    """Fetches model versions; fitting and evaluating the same version transfers it once."""
+    """Fetches model versions; fitting and evaluating the same version transfers it once.
+
+    The subscription of a small model stays open: while it is not acknowledged the broker sends no more than a few parts
+    ahead, and the next version is here before its task.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._key: tuple[str, int] | None = None
         self._model: dict[str, Array] = {}
+        self._place: Place | None = None
+        self._moved = asyncio.Event()
+        self._subscription = contextlib.AsyncExitStack()
+        self._consumer: Consumer | None = None
+        self._offset = 0  # of the next message of the subscription
+        self._passed: Place | None = None  # the version that it gave last
 
-    async def read(self, run_id: str, version: int, offset: int) -> dict[str, Array]:
-        """The tensors of `version`, read-only. Raises `BrokerError` when they are not to be had there."""
-        if self._key != (run_id, version):
+    async def read(self, place: Place) -> dict[str, Array]:
+        """The tensors at `place`, read-only. Raises `BrokerError` when they are not to be had there."""
+        if self._key != place.key:
             self._key, self._model = None, {}  # one model in memory, not two
+            self._place = place
             try:
-                self._model = await self._fetch(run_id, version, offset)
+                self._model = await self._fetch_somewhere()
             except DecodeError as exc:
-                raise BrokerError(f"model {version} cannot be read from the stream: {exc}") from exc
-            self._key = (run_id, version)
+                raise BrokerError(f"model {place.version} cannot be read from the stream: {exc}") from exc
+            finally:
+                self._place = None
+            self._key = place.key
         return self._model
 
-    async def _fetch(self, run_id: str, version: int, offset: int) -> dict[str, Array]:
-        async with self._bus.consume(MODEL, prefetch=_PREFETCH, offset=offset) as consumer:
-            head = await self._next(consumer, version, offset)
-            # RabbitMQ clamps an offset that retention has dropped, without a word.
-            if not isinstance(head, Model) or (head.run_id, head.version) != (run_id, version):
-                raise QueueMissing(f"model {version} is no longer in the stream")
+    def move(self, place: Place) -> None:
+        """The model that is being read has been published anew, by the next server, for the last one died half-way."""
+        if self._place is not None and self._place.key == place.key and self._place.epoch < place.epoch:
+            self._place = place
+            self._moved.set()
+
+    async def close(self) -> None:
+        """End the subscription."""
+        self._consumer = None
+        await self._subscription.aclose()
+
+    async def _fetch_somewhere(self) -> dict[str, Array]:
+        while True:
+            assert self._place is not None
+            self._moved.clear()
+            fetching = asyncio.ensure_future(self._fetch(self._place))
+            moving = asyncio.ensure_future(self._moved.wait())
+            try:
+                await asyncio.wait({fetching, moving}, return_when=asyncio.FIRST_COMPLETED)
+                if fetching.done():
+                    return fetching.result()
+            finally:
+                moving.cancel()
+                if not fetching.done():
+                    fetching.cancel()
+                    await asyncio.wait([fetching])
+            await self.close()
+
+    async def _fetch(self, place: Place) -> dict[str, Array]:
+        try:
+            head = await self._find(place)
             assembly = Assembly(head.schema, head.part_bytes)
-            assembly.add(0, head.crc32, head.payload)
+            assembly.take(head)
             while assembly.missing:
-                part = await self._next(consumer, version, offset)
-                if not isinstance(part, Part) or part.transfer != head.transfer:
-                    raise QueueMissing(f"model {version} is not whole in the stream")
-                assembly.add(part.index, part.crc32, part.payload)
+                part = await self._next(place)  # one may come twice: its confirm was lost
+                if not isinstance(part, Model | Part) or part.transfer != head.transfer:
+                    raise QueueMissing(f"model {place.version} is not whole in the stream")
+                assembly.take(part)
+        except BaseException:
+            await self.close()
+            raise
+        if part_count(assembly.nbytes, head.part_bytes) > _PREFETCH:
+            await self.close()
         return assembly.tensors()
 
-    async def _next(self, consumer: Consumer, version: int, offset: int) -> Message:
-        """The next message at `offset` or behind it: a chunk may begin before, and offsets leave gaps."""
+    async def _find(self, place: Place) -> Model:
+        """The head at `place`; what lies before it is skipped, of whatever run, epoch or version it is."""
+        if not self._lies_ahead(place):
+            await self.close()
+            self._consumer = await self._subscription.enter_async_context(
+                self._bus.consume(MODEL, prefetch=_PREFETCH, offset=place.offset)
+            )
+        while True:
+            message = await self._next(place)
+            if not isinstance(message, Model) or message.run_id != place.run_id or message.epoch != place.epoch:
+                continue
+            if message.version == place.version:
+                self._passed = place
+                return message
+            if message.version > place.version:  # RabbitMQ clamps an offset that retention has dropped, silently
+                raise QueueMissing(f"model {place.version} is no longer in the stream")
+
+    def _lies_ahead(self, place: Place) -> bool:
+        passed = self._passed
+        return (
+            self._consumer is not None
+            and passed is not None
+            and (passed.run_id, passed.epoch) == (place.run_id, place.epoch)
+            and passed.version < place.version
+            and place.offset <= self._offset + _NEAR
+        )
+
+    async def _next(self, place: Place) -> Message:
+        assert self._consumer is not None
         try:
             async with asyncio.timeout(_SILENCE_S):
                 while True:
-                    delivery = await consumer.receive()
-                    await consumer.ack(delivery)
-                    if delivery.offset is not None and delivery.offset >= offset:
+                    delivery = await self._consumer.receive()
+                    await self._consumer.ack(delivery)
+                    assert delivery.offset is not None
+                    if delivery.offset >= place.offset:  # a chunk may begin before
+                        self._offset = delivery.offset + 1
                         return decode(delivery.body)
         except TimeoutError:
-            raise QueueMissing(f"model {version} did not come from the stream within {_SILENCE_S:.0f} s") from None
+            raise QueueMissing(
+                f"model {place.version} did not come from the stream within {_SILENCE_S:.0f} s"
+            ) from None

@@ -1,8 +1,9 @@
 """The client's asyncio shell: it answers tasks until the run ends or it is asked to leave.
 
 A task is acknowledged once its result is with the broker: a client that dies half-way finds the task again in its
-inbox. Order of leaving: say goodbye first, then close; training that is under way is told through
-`ClientContext.cancelled` and not waited for.
+inbox. The update stays in the outbox until the server's receipt; the same task again asks for it again. Order of
+leaving: say goodbye first, then close; training that is under way is told through `ClientContext.cancelled` and not
+waited for.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import logging
 import random
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedbus.app import App
 from fedbus.bus.base import Bus, Consumer, Delivery, consume_alone
-from fedbus.bus.topology import CONTROL, UPDATES, client_inbox, inbox, ingress
-from fedbus.client.reader import ModelReader
+from fedbus.bus.topology import CONTROL, client_inbox, inbox, ingress
+from fedbus.client.outbox import Entry, Outbox
+from fedbus.client.reader import ModelReader, Place
 from fedbus.config import check_client_id
 from fedbus.errors import (
     BrokerClosed,
@@ -30,6 +33,7 @@ from fedbus.errors import (
     DecodeError,
     PublishUnconfirmed,
     QueueBusy,
+    QueueMismatch,
     leaf,
     one_line,
 )
@@ -44,25 +48,34 @@ from fedbus.training.base import (
 )
 from fedbus.training.delta import update_delta
 from fedbus.training.thread import UserThread
-from fedbus.types import Array, Metrics, Tensors
+from fedbus.types import Config, Metrics, Tensors
 from fedbus.wire import messages as m
-from fedbus.wire.arrays import pack
 from fedbus.wire.codec import decode, encode
-from fedbus.wire.transfer import PART_BYTES, crc32, cut
+from fedbus.wire.transfer import Outgoing
 
 _LOGGER = logging.getLogger("fedbus.client")
 
 _JOIN_EVERY_S = (0.5, 5.0)
-_PARTS_AT_ONCE = 16
 _GOODBYE_PATIENCE_S = 3.0
 _PRIORITY = {m.ParametersTask: 0, m.FitTask: 1, m.EvaluateTask: 2}
 """Training first: an evaluation must not hold a round up."""
 
 
-@dataclass(kw_only=True)
+_REMEMBERED = 64
+"""Tasks whose end is remembered: one of them may be asked for again."""
+
+
+@dataclass(kw_only=True, eq=False)
 class _Pending:
+    """A task, with every delivery that it came in: the broker or the server may repeat it."""
+
     task: m.Task
-    delivery: Delivery
+    deliveries: list[Delivery] = field(default_factory=list)
+
+    def merge(self, task: m.Task, delivery: Delivery) -> None:
+        self.deliveries.append(delivery)
+        if task.epoch >= self.task.epoch:
+            self.task = task
 
 
 def _round_of(task: m.Task) -> int:
@@ -105,15 +118,18 @@ class ClientRuntime:
         self._heartbeat_s = _JOIN_EVERY_S[1]
         self._lease_s = 4 * _JOIN_EVERY_S[1]
         self._welcomed = asyncio.Event()
+        self._epoch = 0
         self._pending: list[_Pending] = []
+        self._current: _Pending | None = None
         self._work = asyncio.Event()
         self._reader = ModelReader(bus)
+        self._outbox = Outbox(bus, client_id)
         self._client: Client | None = None
         self._thread = UserThread(f"fedbus-{client_id}")
         self._inbox: Consumer | None = None
         self._over = asyncio.Event()
         self._result: m.RunEnded | None = None
-        self._answered = ""
+        self._ended_tasks: OrderedDict[str, str] = OrderedDict()  # task_id -> why it failed, "" when it was settled
         self._newest_fit = 0
 
     def request_leave(self) -> None:
@@ -133,6 +149,8 @@ class ClientRuntime:
         finally:
             self._context.cancel()
             self._thread.close()
+            with contextlib.suppress(BrokerError):
+                await self._reader.close()
         self._tell_the_end()
         return self._result
 
@@ -143,7 +161,8 @@ class ClientRuntime:
         self._tell(o.ClientDone(client_id=self._client_id, finished=finished, reason=reason))
 
     async def _run(self) -> None:
-        await self._bus.declare(ingress())
+        with contextlib.suppress(QueueMismatch):  # it is there, as the server wants it
+            await self._bus.declare(ingress(self._app.update_queue))
         await self._bus.declare(client_inbox(self._client_id))
         async with contextlib.AsyncExitStack() as stack:
             self._inbox = await self._open_inbox(stack)
@@ -214,29 +233,48 @@ class ClientRuntime:
                 await consumer.reject(delivery, requeue=False)
                 continue
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
-                self._pending.append(_Pending(task=message, delivery=delivery))
-                self._work.set()
+                self._take_task(message, delivery)
                 continue
             self._take(message)
             await consumer.ack(delivery)
+
+    def _take_task(self, task: m.Task, delivery: Delivery) -> None:
+        """Queue it, or, when it is a copy of one that is here, let it bring its newer delivery and place."""
+        for known in (self._current, *self._pending):
+            if known is not None and known.task.task_id == task.task_id:
+                known.merge(task, delivery)
+                if not isinstance(task, m.ParametersTask):
+                    self._reader.move(_place_of(task))
+                return
+        self._pending.append(_Pending(task=task, deliveries=[delivery]))
+        self._work.set()
 
     def _take(self, message: m.Message) -> None:
         match message:
             case m.Welcome() if message.session == self._session:
                 self._heartbeat_s, self._lease_s = message.heartbeat_s, message.lease_s
-                if message.run_id != self._run_id:
-                    self._run_id = message.run_id
+                if message.run_id == self._run_id:
+                    self._epoch = max(self._epoch, message.epoch)
+                else:
+                    self._run_id, self._epoch = message.run_id, message.epoch
+                    self._outbox.clear()
                     self._newest_fit = 0
                     self._context.cancel()  # whatever is being trained, it is for a run that is over
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
             case m.Receipt() if message.run_id == self._run_id:
-                self._tell(
-                    o.ReceiptArrived(client_id=self._client_id, round=message.round, staleness=message.staleness)
-                )
+                if self._outbox.get(message.task_id) is not None or message.task_id not in self._ended_tasks:
+                    self._tell(
+                        o.ReceiptArrived(client_id=self._client_id, round=message.round, staleness=message.staleness)
+                    )
+                self._settled(message.task_id)
             case m.Refusal():
+                self._settled(message.task_id)
                 self._tell(o.RefusalArrived(client_id=self._client_id, reason=message.reason))
-            case m.RunEnded() if message.run_id == self._run_id:
+            case m.UploadGrant() if message.run_id == self._run_id:
+                self._outbox.grant(message.task_id)
+            case m.RunEnded() if message.run_id == self._run_id and message.epoch >= self._epoch:
+                self._outbox.clear()
                 self._result = message
                 self._context.cancel()
                 self._over.set()
@@ -248,15 +286,25 @@ class ClientRuntime:
     async def _answer_tasks(self) -> None:
         await self._welcomed.wait()  # only then is it clear which run a task in the inbox belongs to
         while True:
-            pending = await self._next_task()
-            if pending.task.run_id == self._run_id and not self._is_superseded(pending.task):
-                await self._answer(pending.task)
-                self._answered = pending.task.task_id
-                is_current = pending.task.run_id == self._run_id  # another server may have come meanwhile
-                if isinstance(pending.task, m.FitTask) and is_current:
-                    self._newest_fit = pending.task.round
+            pending = self._current = await self._next_task()
+            if pending.task.run_id == self._run_id:
+                await self._work_on(pending.task)
+            self._current = None
             assert self._inbox is not None
-            await self._inbox.ack(pending.delivery)
+            await self._inbox.ack(*pending.deliveries)
+
+    async def _work_on(self, task: m.Task) -> None:
+        """Answer it, or repeat the answer: then it was lost, or the server that it went to is no more."""
+        entry = self._outbox.get(task.task_id)
+        if entry is not None:
+            await self._outbox.deliver(entry)
+        elif task.task_id in self._ended_tasks:
+            if self._ended_tasks[task.task_id]:
+                await self._report_failure(task, self._ended_tasks[task.task_id])
+        elif not (isinstance(task, m.FitTask) and task.round < self._newest_fit):  # else of a round long closed
+            await self._answer(task)
+            if isinstance(task, m.FitTask) and task.run_id == self._run_id:  # another server may have come meanwhile
+                self._newest_fit = max(self._newest_fit, task.round)
 
     async def _next_task(self) -> _Pending:
         while not self._pending:
@@ -266,10 +314,14 @@ class ClientRuntime:
         self._pending.remove(pending)
         return pending
 
-    def _is_superseded(self, task: m.Task) -> bool:
-        """The same task again (ours, and the one that the server sent anew), or one of a round long closed."""
-        is_old_fit = isinstance(task, m.FitTask) and _round_of(task) < self._newest_fit
-        return is_old_fit or task.task_id == self._answered
+    def _settled(self, task_id: str) -> None:
+        self._outbox.settle(task_id)
+        self._remember_end(task_id, "")
+
+    def _remember_end(self, task_id: str, failure: str) -> None:
+        self._ended_tasks[task_id] = failure
+        if len(self._ended_tasks) > _REMEMBERED:
+            self._ended_tasks.popitem(last=False)
 
     async def _answer(self, task: m.Task) -> None:
         kind = type(task).__name__.removesuffix("Task").lower()
@@ -291,6 +343,8 @@ class ClientRuntime:
             if isinstance(exc, BrokerClosed):
                 raise
             self._tell(o.TaskErred(client_id=self._client_id, kind=kind, round=round_, reason=str(exc)))
+            if isinstance(task, m.FitTask):
+                self._remember_end(task.task_id, str(exc))
             await self._report_failure(task, str(exc))
         else:
             seconds = time.monotonic() - started_at
@@ -320,24 +374,19 @@ class ClientRuntime:
         client = await self._user_client()
         parameters = await self._in_thread("get_parameters", client.get_parameters)
         check_tensors("get_parameters", parameters)
-        await self._upload(task, version=0, tensors=parameters, num_examples=0, metrics={})
+        await self._upload(task, Outgoing({name: value.copy() for name, value in parameters.items()}), 0, {})
 
     async def _fit(self, task: m.FitTask) -> None:
         client = await self._user_client()
-        model = await self._reader.read(task.run_id, task.version, task.offset)
-
-        def fit_and_subtract() -> tuple[dict[str, Array], int, Metrics]:
-            result = check_fit_result(client.fit(model, dict(task.config)))
-            return update_delta(model, result.parameters), result.num_examples, result.metrics
-
-        delta, num_examples, metrics = await self._in_thread("fit", fit_and_subtract)
-        if task.run_id != self._run_id:
-            return  # the run ended while we trained: nobody wants it
-        await self._upload(task, version=task.version, tensors=delta, num_examples=num_examples, metrics=metrics)
+        outgoing, num_examples, metrics = await self._in_thread(
+            "fit", _fit, client, await self._model_of(task), task.config
+        )
+        if task.run_id == self._run_id:  # else the run ended while we trained: nobody wants it
+            await self._upload(task, outgoing, num_examples, metrics)
 
     async def _evaluate(self, task: m.EvaluateTask) -> None:
         client = await self._user_client()
-        model = await self._reader.read(task.run_id, task.version, task.offset)
+        model = await self._model_of(task)
         result = check_evaluate_result(await self._in_thread("evaluate", client.evaluate, model, dict(task.config)))
         report = m.EvaluateReport(
             client_id=self._client_id,
@@ -349,30 +398,28 @@ class ClientRuntime:
         )
         await self._bus.publish(CONTROL, "", encode(report))
 
+    async def _model_of(self, task: m.FitTask | m.EvaluateTask) -> Tensors:
+        pending = self._current
+        if pending is not None and isinstance(pending.task, m.FitTask | m.EvaluateTask):
+            task = pending.task  # a newer copy may know a newer place
+        return await self._reader.read(_place_of(task))
+
     async def _upload(
-        self, task: m.Task, *, version: int, tensors: Tensors, num_examples: int, metrics: Metrics
+        self, task: m.ParametersTask | m.FitTask, outgoing: Outgoing, num_examples: int, metrics: Metrics
     ) -> None:
-        schema, payload = await asyncio.to_thread(pack, tensors)
-        first, *rest = cut(payload)
-        head = m.Update(
-            client_id=self._client_id,
-            task_id=task.task_id,
-            run_id=task.run_id,
-            transfer=uuid.uuid4().hex,
-            version=version,
-            num_examples=num_examples,
-            metrics=metrics,
-            schema=schema,
-            part_bytes=PART_BYTES,
-            crc32=crc32(first),
-            payload=first,
-        )
-        slots = asyncio.Semaphore(_PARTS_AT_ONCE)
+        entry = Entry(task=task, outgoing=outgoing, num_examples=num_examples, metrics=metrics)
+        self._outbox.keep(entry)
+        try:
+            await self._outbox.deliver(entry)
+        except ConfigError:  # it cannot travel, now or later
+            self._outbox.settle(task.task_id)
+            raise
 
-        async def send_part(index: int, part: memoryview) -> None:
-            async with slots:
-                message = m.Part(transfer=head.transfer, index=index, crc32=crc32(part), payload=part)
-                await self._bus.publish(UPDATES, "", encode(message))
 
-        await self._bus.publish(UPDATES, "", encode(head))
-        await asyncio.gather(*(send_part(index, part) for index, part in enumerate(rest, 1)))
+def _place_of(task: m.FitTask | m.EvaluateTask) -> Place:
+    return Place(run_id=task.run_id, epoch=task.epoch, version=task.version, offset=task.offset)
+
+
+def _fit(client: Client, model: Tensors, config: Config) -> tuple[Outgoing, int, Metrics]:
+    result = check_fit_result(client.fit(model, dict(config)))
+    return Outgoing(update_delta(model, result.parameters)), result.num_examples, result.metrics

@@ -18,6 +18,10 @@ from fedbus.rounds.commands import (
 __all__ = [
     "AggregateDiscarded",
     "Announcement",
+    "BrokerBlocked",
+    "BrokerLost",
+    "BrokerRestored",
+    "BrokerUnblocked",
     "ClientDone",
     "CohortGrew",
     "ConnectedToBroker",
@@ -36,6 +40,7 @@ __all__ = [
     "RoundOpened",
     "RunClosing",
     "RunFinished",
+    "RunResumed",
     "RunStarted",
     "ServerAwaited",
     "TaskCompleted",
@@ -66,6 +71,38 @@ class ConnectedToBroker:
     role: Literal["server", "client"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BrokerLost:
+    """The connection to the broker ended; the next one is being made."""
+
+    broker: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerRestored:
+    """There is a connection again, after `outage_s` seconds without."""
+
+    broker: str
+    outage_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerBlocked:
+    """An alarm on the broker (memory, disk) makes everybody's publishes wait."""
+
+    broker: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerUnblocked:
+    """The alarm is over, after `outage_s` seconds."""
+
+    broker: str
+    outage_s: float
+
+
 # ---- server ----------------------------------------------------------------------------------------------------------
 
 
@@ -75,6 +112,16 @@ class RunStarted:
     num_rounds: int
     min_fit_clients: int
     start_clients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResumed:
+    """This server goes on where another had to stop: `rounds` are committed, in `seconds` so far."""
+
+    run_id: str
+    epoch: int
+    rounds: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ _MAX_METRICS = 8
 _MAX_NAMES = 16
 
 _WARNINGS = (
+    e.BrokerLost,
+    e.BrokerBlocked,
     e.MemberLost,
     e.FitFailed,
     e.EvaluateFailed,
@@ -113,9 +115,19 @@ def _sentence(event: object) -> str:
             return event.text
         case e.ConnectedToBroker():
             return f"{event.role} connected to {event.broker}"
+        case e.BrokerLost():
+            return f"the broker at {event.broker} is lost ({event.reason}): connecting again"
+        case e.BrokerRestored():
+            return f"the broker at {event.broker} is back after {event.outage_s:.1f} s"
+        case e.BrokerBlocked():
+            return f"the broker at {event.broker} holds publishes back: {event.reason}. Nothing is lost, all wait"
+        case e.BrokerUnblocked():
+            return f"the broker at {event.broker} takes publishes again after {event.outage_s:.1f} s"
         case e.RunStarted():
             waiting = _plural(event.start_clients, "client")
             return f"run {event.run_id} of {_plural(event.num_rounds, 'round')}: waiting for {waiting}"
+        case e.RunResumed():
+            return f"run {event.run_id} goes on after {_plural(event.rounds, 'round')} (epoch {event.epoch})"
         case e.MemberJoined():
             wanted = f", {event.needed} more needed" if event.needed else ""
             late = f" during round {event.round}" if event.round else ""

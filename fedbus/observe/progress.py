@@ -65,6 +65,8 @@ class Board:
         self._rounds: OrderedDict[int, _RoundRow] = OrderedDict()
         self._news: deque[Text] = deque(maxlen=_MAX_NEWS)
         self._end: o.RunFinished | None = None
+        self._committed_before = 0
+        self._trouble = ""
 
     def announce(self, text: str, style: str = "bold") -> None:
         """Put a line of the caller's own among the news."""
@@ -117,6 +119,18 @@ class Board:
                     row_of_round.federated = figures
             case o.RunFinished():
                 self._end = event
+            case o.RunResumed():
+                self._committed_before = event.rounds
+                self.announce(sentence(event), "cyan")
+            case o.BrokerLost():
+                self._trouble = "the broker is lost, connecting again"
+                self.announce(sentence(event), "red")
+            case o.BrokerBlocked():
+                self._trouble = f"the broker holds publishes back: {event.reason}"
+                self.announce(sentence(event), "red")
+            case o.BrokerRestored() | o.BrokerUnblocked():
+                self._trouble = ""
+                self.announce(sentence(event), "green")
             case _:
                 pass
 
@@ -149,7 +163,7 @@ class Board:
     def _headline(self) -> Iterator[RenderableType]:
         total = self._run.num_rounds if self._run else 0
         line = Table.grid(padding=(0, 2))
-        closed = sum(1 for row in self._rounds.values() if row.reason)
+        closed = self._committed_before + sum(1 for row in self._rounds.values() if row.reason)
         line.add_row(
             Text("fedbus", style="bold"),
             ProgressBar(total=total, completed=closed, width=24) if total else Text(),
@@ -158,6 +172,8 @@ class Board:
             Text(self.broker, style="dim", no_wrap=True, overflow="ellipsis"),
         )
         yield line
+        if self._trouble and self._end is None:
+            yield Text(self._trouble, style="bold red")
         if self._end is not None and not self._end.finished:
             yield Text(f"ended early: {self._end.reason}", style="red")
 

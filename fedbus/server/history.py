@@ -96,8 +96,41 @@ class History:
         """Updates folded in all rounds together."""
         return sum(len(record.folded) for record in self.rounds)
 
+    def head(self) -> dict[str, Any]:
+        """All but the rounds."""
+        return {
+            field.name: _as_data(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "rounds"
+        }
+
+    @classmethod
+    def from_head(cls, head: Mapping[str, Any], rounds: list[RoundRecord]) -> History:
+        """The history that `head` and the records were taken from."""
+        return cls(**{**head, "initial": _evaluation(head["initial"])}, rounds=rounds)
+
     def to_json(self) -> str:
         return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
+
+
+def record_from_json(fields: Mapping[str, Any]) -> RoundRecord:
+    """The record that was saved as `fields`."""
+    return RoundRecord(
+        **{
+            **fields,
+            "folded": [FoldedUpdate(**update) for update in fields["folded"]],
+            "central": _evaluation(fields["central"]),
+            "federated": _evaluation(fields["federated"]),
+        }
+    )
+
+
+def _evaluation(fields: Mapping[str, Any] | None) -> Evaluation | None:
+    return None if fields is None else Evaluation(**fields)
+
+
+def _as_data(value: Any) -> Any:
+    return dataclasses.asdict(value) if isinstance(value, Evaluation) else value
 
 
 def plain(value: Any) -> Any:

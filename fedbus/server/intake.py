@@ -13,7 +13,8 @@ from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
 from fedbus.observe import events as o
 from fedbus.rounds import events as e
 from fedbus.rounds.engine import Engine
-from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_finite, check_initial
+from fedbus.server.slots import UploadSlots
+from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_initial
 from fedbus.types import Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode
@@ -28,7 +29,8 @@ class UpdateIntake:
         run_id: updates of other runs are refused.
         put: takes the events for the engine.
         tell: takes the events for those who watch.
-        stalled_after_s: seconds of silence after which an upload whose sender is gone is given up.
+        grant: called with (client_id, task_id) when that upload may begin.
+        stalled_after_s: seconds of silence after which an upload is asked for again, or given up if its sender is gone.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class UpdateIntake:
         run_id: str,
         put: Callable[[e.Event], None],
         tell: Callable[[object], None],
+        grant: Callable[[str, str], None],
         stalled_after_s: float,
     ) -> None:
         self._consumer = consumer
@@ -49,9 +52,13 @@ class UpdateIntake:
         self._staging = Staging()
         self._check: UpdateCheck | None = None
         self._stalled_after_s = stalled_after_s
+        self._last_arrival = time.monotonic()
+        self.slots = UploadSlots(
+            grant, missing_bytes=self._staging.missing_bytes, is_full=self._staging.waits_to_be_folded
+        )
 
     def __repr__(self) -> str:
-        return f"<UpdateIntake {self._staging!r}>"
+        return f"<UpdateIntake {self._staging!r} {self.slots!r}>"
 
     def expect(self, model: Tensors) -> None:
         """From now on updates are deltas of `model`; before, they are initial models."""
@@ -67,12 +74,30 @@ class UpdateIntake:
         Left means unacknowledged: the end of our subscription gives it back, where a reject would hand it to us again.
         """
         update = self._staging.take_out(token)
-        for delivery in update.deliveries if not keep_in_broker else ():
-            await self._consumer.ack(delivery)
+        if not keep_in_broker:
+            await self._consumer.ack(*update.in_settling_order())
+
+    async def settle_all(self, tokens: list[int]) -> None:
+        """Acknowledge many updates, of a commit, in as few words as the broker allows."""
+        updates = [self._staging.take_out(token) for token in tokens]
+        await self._consumer.ack(*(delivery for update in updates for delivery in update.in_settling_order()))
+
+    async def quiet(self, pause_s: float, most_s: float) -> None:
+        """Wait until nothing has come for `pause_s`, `most_s` at the most: all that had to come again is here."""
+        give_up_at = time.monotonic() + most_s
+        rest_s = pause_s
+        while rest_s > 0 and time.monotonic() < give_up_at:
+            await asyncio.sleep(rest_s)
+            rest_s = self._last_arrival + pause_s - time.monotonic()
+
+    def disturbed(self) -> None:
+        """Much may come again now: `quiet` begins to count anew."""
+        self._last_arrival = time.monotonic()
 
     async def receive(self) -> None:
         """Take in what comes, for ever."""
         async for delivery in self._consumer:
+            self._last_arrival = time.monotonic()
             try:
                 message = decode(delivery.body)
                 if not isinstance(message, m.Update | m.Part):
@@ -86,7 +111,8 @@ class UpdateIntake:
             if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
                 await self._consumer.ack(delivery)
                 continue
-            await self._stage(message, delivery)
+            if not self._staging.refresh(message, delivery):
+                await self._stage(message, delivery)
 
     async def _stage(self, message: m.Update | m.Part, delivery: Delivery) -> None:
         now = time.monotonic()
@@ -104,7 +130,11 @@ class UpdateIntake:
             await self._consumer.reject(delivery, requeue=False)
         else:
             if token is not None:
-                await self._verify(token)
+                update = self._staging.get(token)
+                self._put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
+                self.slots.release(update.task_id)
+            elif (head := self._staging.head_of(message.transfer)) is not None:
+                self.slots.touch(head.task_id)
 
     def _check_head(self, update: m.Update) -> None:
         """Before any memory is taken for it."""
@@ -117,38 +147,33 @@ class UpdateIntake:
         else:
             self._check.head(update)
 
-    async def _verify(self, token: int) -> None:
-        update = self._staging.get(token)
-        assert update.tensors is not None
-        try:
-            await asyncio.to_thread(check_finite, update.tensors)
-        except UpdateRefused as exc:
-            update.tensors = None
-            self._report_invalid(token, str(exc))
-            return
-        self._put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
-
     def _report_invalid(self, token: int, reason: str) -> None:
         update = self._staging.get(token)
         self._put(
             e.UpdateInvalid(client_id=update.client_id, task_id=update.task_id, delivery=token, reason=one_line(reason))
         )
+        self.slots.release(update.task_id)
 
     async def _forget(self, transfers: list[str], *, but: str = "") -> None:
         """Give up transfers that will never be whole: their sender died, or has begun anew."""
         for transfer in transfers:
-            for delivery in self._staging.abort(transfer) if transfer != but else ():
-                await self._consumer.ack(delivery)
+            if transfer != but:
+                await self._consumer.ack(*self._staging.abort(transfer))
 
-    async def give_up_stalled(self) -> None:
-        """Give up, now and then, uploads whose sender is gone; one that lives may be held up by a broker's alarm."""
+    async def look_after_stalled(self) -> None:
+        """Now and then: give up uploads whose sender is gone, and ask again for those whose sender lives."""
         while True:
             await asyncio.sleep(self._stalled_after_s / 4)
-            for transfer in self._staging.stalled(time.monotonic() - self._stalled_after_s):
+            before = time.monotonic() - self._stalled_after_s
+            self.slots.release_stalled(before)
+            for transfer in self._staging.stalled(before):
                 head = self._staging.head_of(transfer)
                 if head is None:
                     await self._forget([transfer])
-                elif not self._may_go_on(head):
+                elif self._may_go_on(head):
+                    self._staging.touch(transfer, time.monotonic())
+                    self._put(e.TasksInDoubt(client_id=head.client_id))
+                else:
                     reason = f"its upload stopped half-way, {self._stalled_after_s:.0f} s ago"
                     self._report_invalid(self._staging.give_up(transfer), reason)
 

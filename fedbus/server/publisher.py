@@ -1,71 +1,77 @@
-"""The model stream, as its only writer sees it: versions go in, their offsets are known."""
+"""The model stream, as its only writer sees it: versions go in, readers are told where to begin."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from fedbus.bus.base import Bus
 from fedbus.bus.topology import MODEL, model_stream
 from fedbus.errors import DecodeError, QueueMismatch, QueueMissing
 from fedbus.types import Tensors
-from fedbus.wire.arrays import pack
 from fedbus.wire.codec import decode, encode
 from fedbus.wire.messages import Model, Part
-from fedbus.wire.transfer import PART_BYTES, crc32, cut
+from fedbus.wire.transfer import Outgoing, crc32
+
+_LOOK_EVERY_BYTES: Final = 64 << 20
+"""How much is published between two looks at where the stream ends."""
 
 
 class ModelPublisher:
     """Writes model versions into the stream, each once, however many clients read it.
 
-    Publishers are not told offsets, and offsets are not consecutive (RabbitMQ takes one for itself whenever a segment
-    of the stream is full). So the end of the stream is read back, after each version and off its way: where it ended
-    is where the next version begins, or a gap before it.
+    Publishers are not told offsets, and offsets are not consecutive: RabbitMQ takes one for itself whenever a segment
+    of the stream is full. So messages are counted, which never gives too much, and the end of the stream is looked up
+    now and then. Readers begin at the offset that they are told and skip what is not theirs.
     """
 
     def __init__(self, bus: Bus, *, run_id: str, epoch: int) -> None:
         self._bus = bus
         self._run_id = run_id
         self._epoch = epoch
-        self._next_offset: int | None = None
+        self._next_offset: int | None = None  # at least; the true one may lie behind
         self._last: tuple[str, int] | None = None  # transfer and index of the part published last
+        self._unseen_bytes = 0
         self._is_declared = False
 
-    async def publish(self, model: Tensors, version: int) -> tuple[int, int, int]:
-        """Publish `version`; where to begin to read for it, its parts and its payload bytes.
+    async def publish(self, model: Tensors, version: int, head_out: asyncio.Future[int]) -> tuple[int, int]:
+        """Publish `version`; its parts and payload bytes.
 
-        The first message at that offset or behind it is the version's head.
+        `head_out` is given the offset to begin to read at as soon as the first part is there: readers need not wait for
+        the last.
         """
-        schema, payload = await asyncio.to_thread(pack, model)
+        outgoing = Outgoing(model)
         if not self._is_declared:
-            await self._declare(payload.nbytes)
-        if self._last is not None:
-            await self.find_end()
-        head, *rest = cut(payload)
-        message = Model(
+            await self._declare(outgoing.nbytes)
+        buffers = outgoing.part(0)
+        head = Model(
             run_id=self._run_id,
             epoch=self._epoch,
             version=version,
-            schema=schema,
-            part_bytes=PART_BYTES,
-            crc32=crc32(head),
-            payload=head,
+            schema=outgoing.schema,
+            part_bytes=outgoing.part_bytes,
+            crc32=crc32(buffers),
+            payload=buffers,
         )
         # One confirm awaited per part: then each message is a chunk of its own, which readers fetch one by one.
-        await self._bus.publish(MODEL, "", encode(message))
+        await self._bus.publish(MODEL, "", encode(head))
         if self._next_offset is None:  # only now is there anything of ours to find
-            self._next_offset = await self._end_of(message.transfer, 0)
-        offset = self._next_offset
-        for index, part in enumerate(rest, 1):
-            further = Part(transfer=message.transfer, index=index, crc32=crc32(part), payload=part)
-            await self._bus.publish(MODEL, "", encode(further))
-        self._last = (message.transfer, len(rest))
-        return offset, 1 + len(rest), payload.nbytes
+            self._next_offset = await self._end_of(head.transfer, 0)
+        head_out.set_result(self._next_offset)
+        for index in range(1, outgoing.parts):
+            buffers = outgoing.part(index)
+            part = Part(transfer=head.transfer, index=index, crc32=crc32(buffers), payload=buffers)
+            await self._bus.publish(MODEL, "", encode(part))
+        self._next_offset += outgoing.parts
+        self._unseen_bytes += outgoing.nbytes
+        self._last = (head.transfer, outgoing.parts - 1)
+        return outgoing.parts, outgoing.nbytes
 
     async def find_end(self) -> None:
-        """Learn where the stream ends now, unless that is known: it can wait until the version is on its way."""
-        if self._last is not None:
+        """Look up where the stream ends, when that is due: best while nobody waits."""
+        if self._last is not None and self._unseen_bytes >= _LOOK_EVERY_BYTES:
             self._next_offset = await self._end_of(*self._last) + 1
-            self._last = None
+            self._unseen_bytes = 0
 
     async def _declare(self, model_bytes: int) -> None:
         topology = model_stream(model_bytes)

@@ -4,8 +4,12 @@
     updates queue ──┼─> events ─> engine ┼──> aggregator  fold, fold, ..., commit: strictly in order
     deadlines     ──┘                    └──> evaluator   evaluate_fn, in the user's thread
 
-Order of a commit: new model and run folder first, then the published version, then the engine's word, then
-acknowledgements and receipts. Whatever dies in between, the broker still has the updates.
+Order of a commit: checkpoint and ledger, then the engine's word and the tasks of the next round, then acknowledgements,
+then receipts. Whatever dies in between, the broker still has the updates, and the ledger knows which of them count
+already. The new version goes into the stream meanwhile, but no task names it before it is durable.
+
+A server that goes on where another had to stop takes the next epoch, publishes the last version again, takes in what
+the broker gives again, and repeats the tasks that are still unanswered.
 
 Order of the end: the engine's last command, then the aggregator and the evaluator run dry, then the members are
 told, then everything is cancelled.
@@ -37,6 +41,7 @@ from fedbus.errors import (
     DecodeError,
     PublishUnconfirmed,
     QueueBusy,
+    QueueMismatch,
     RunFailed,
     Unroutable,
     UpdateRefused,
@@ -47,17 +52,20 @@ from fedbus.observe import events as o
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
 from fedbus.rounds.commands import Outcome
-from fedbus.rounds.engine import Engine
+from fedbus.rounds.engine import Engine, Fate
+from fedbus.rounds.restored import Restored
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
 from fedbus.server.intake import UpdateIntake
+from fedbus.server.ledger import Fenced, LastCommit, Ledger
 from fedbus.server.publisher import ModelPublisher
+from fedbus.server.slots import eager_share
 from fedbus.server.staging import StagedUpdate, check_finite
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import check_evaluate_result
 from fedbus.training.thread import UserThread
-from fedbus.types import Array, EvaluateResult
+from fedbus.types import Array, EvaluateResult, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
 
@@ -66,6 +74,11 @@ _LOGGER = logging.getLogger("fedbus.server")
 _CONTROL_PREFETCH = 256
 _SENDS_AT_ONCE = 64
 _GOODBYE_S = 3600.0
+_REDELIVERY_PAUSE_S = 0.2
+"""The broker has given again what it had once nothing has come for so long."""
+_REDELIVERY_MOST_S = 30.0
+_HISTORY_EVERY_S = 2.0
+_NOTES_EVERY_S = 0.2
 
 
 class _Events:
@@ -113,9 +126,10 @@ class Server:
     Args:
         app: what to run.
         bus: an open connection; the caller closes it.
-        run_dir: where history.json and model.safetensors go; None keeps nothing.
+        run_dir: where the ledger, the checkpoints, history.json and model.safetensors go; None keeps nothing.
+        resume: go on with the run in `run_dir` where its last server had to stop; begin one when there is none.
         observers: called with each event of `fedbus.observe.events`.
-        stalled_after_s: seconds of silence after which an upload whose sender is gone is given up.
+        stalled_after_s: seconds of silence after which an upload is asked for again, or given up if its sender is gone.
     """
 
     def __init__(
@@ -124,28 +138,28 @@ class Server:
         bus: Bus,
         *,
         run_dir: Path | None = None,
+        resume: bool = False,
         observers: Sequence[o.Observe] = (),
         stalled_after_s: float = 60.0,
     ) -> None:
         self._app = app
         self._bus = bus
         self._observers = tuple(observers)
-        self._folder = None if run_dir is None else RunFolder(run_dir)
+        self._folder = None if run_dir is None else RunFolder(run_dir, resume=resume)
+        self._ledger = Ledger(None)
         self._run_id = uuid.uuid4().hex[:12]
         self._epoch = 1
         self._stalled_after_s = stalled_after_s
         self._history = History(
             run_id=self._run_id,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            settings={
-                "fedbus": version("fedbus"),
-                "seed": app.seed,
-                "strategy": repr(app.strategy),
-                **dataclasses.asdict(app.rounds),
-            },
+            settings=_settings(app),
         )
+        self._last_commit: LastCommit | None = None
+        self._history_saved_at = -math.inf
         self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
         self._events = _Events()
+        self._replies: asyncio.Queue[tuple[str, m.InboxMessage]] = asyncio.Queue()  # to upload requests
         self._outbound: asyncio.Queue[tuple[str, m.InboxMessage, float | None]] = asyncio.Queue(1024)
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         # At most one evaluation waits: a slow evaluate_fn slows the rounds down instead of piling up models.
@@ -154,12 +168,14 @@ class Server:
         self._user_thread = UserThread("fedbus-evaluate")
         self._ended = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._in_doubt = asyncio.Event()
+        self._members_changed = asyncio.Event()
         self._started_at = time.monotonic()
         self._model: dict[str, Array] | None = None
         self._version = 0
         self._offsets: dict[int, int] = {}  # version -> offset of its head, for the last two versions
         self._fold_state: Any = None
-        self._folded: list[FoldedUpdate] = []
+        self._folded: list[tuple[str, FoldedUpdate]] = []  # with their task ids
         self._evaluate_reports: dict[str, m.EvaluateReport] = {}
         self._refused: dict[str, str] = {}
         self._last_failure = ""
@@ -181,6 +197,12 @@ class Server:
         self._stopping.set()
         self._events.put(e.StopRequested(reason=reason))
 
+    def connection_restored(self) -> None:
+        """Say, after a loss of the connection, that there is one again: what was under way may come again, or never."""
+        if self._intake is not None:
+            self._intake.disturbed()
+            self._in_doubt.set()
+
     async def run(self) -> History:
         """Run to the end.
 
@@ -191,13 +213,17 @@ class Server:
             await self._run()
         except ExceptionGroup as group:
             exc = leaf(group)
-            reason = one_line(str(exc))
-            with contextlib.suppress(RunFailed):  # the disk may be what failed
-                await self._note_end(finished=False, reason=reason)
-            await self._send_home(reason)
+            if not isinstance(exc, Fenced | QueueBusy):  # then the run is another server's now
+                reason = one_line(str(exc))
+                with contextlib.suppress(RunFailed):  # the disk may be what failed
+                    await self._note_end(finished=False, reason=reason)
+                await self._send_home(reason)
             raise exc from group
         finally:
             self._user_thread.close()
+            self._ledger.close()
+            if self._folder is not None:
+                self._folder.close()
         if not self._history.finished:
             rounds = len(self._history.rounds)
             raise RunFailed(f"the run ended after {rounds} round{'s' * (rounds != 1)}: {self._history.reason}")
@@ -208,9 +234,72 @@ class Server:
         return self._history
 
     async def _run(self) -> None:
-        model = await self._initial_model()
-        self._engine = Engine(self._app.rounds, seed=self._app.seed, run_id=self._run_id, has_model=model is not None)
-        await self._bus.declare(ingress())
+        if self._folder is not None:
+            self._folder.hold()
+        await self._declare()
+        async with contextlib.AsyncExitStack() as stack:
+            control = await self._alone(stack, CONTROL, prefetch=_CONTROL_PREFETCH)
+            # No bound: the parts of all updates that a round needs stay unacknowledged until its commit.
+            updates = await self._alone(stack, UPDATES, prefetch=0)
+            model = await self._open_run()  # only now: nobody else serves it
+            if self._history.finished:
+                return
+            engine = self._engine = self._make_engine(has_model=model is not None)
+            self._intake = UpdateIntake(
+                updates,
+                engine,
+                run_id=self._run_id,
+                put=self._events.put,
+                tell=self._tell,
+                grant=self._grant,
+                stalled_after_s=self._stalled_after_s,
+            )
+            await self._work(engine, self._intake, model, control)
+
+    async def _declare(self) -> None:
+        try:
+            await self._bus.declare(ingress(self._app.update_queue))
+        except QueueMismatch as exc:
+            raise QueueMismatch(
+                f"{exc} (the app says update_queue={self._app.update_queue!r}: set it to what is there, or delete "
+                f"the queue {UPDATES})"
+            ) from exc
+
+    async def _alone(self, stack: contextlib.AsyncExitStack, queue: str, *, prefetch: int) -> Consumer:
+        """Two servers on one queue would each see half of what the clients say."""
+        try:
+            return await consume_alone(self._bus, stack, queue, prefetch=prefetch)
+        except QueueBusy:
+            raise QueueBusy(
+                "another server runs on this broker: stop it first, or give each run a vhost of its own"
+            ) from None
+
+    # ---- the run, from its begin or its last commit --------------------------------------------------------------
+
+    async def _open_run(self) -> dict[str, Array] | None:
+        """Begin the run, or take it over; the model to go on with, None when a client is to give it."""
+        self._ledger = Ledger(None if self._folder is None else self._folder.ledger)
+        if self._ledger.holds_a_run:
+            last = self._last_commit = self._ledger.take_over(max_staleness=self._app.rounds.max_staleness)
+            self._history = last.history
+            self._run_id, self._epoch = last.history.run_id, last.epoch
+            self._started_at = time.monotonic() - last.seconds
+        else:
+            self._ledger.begin(self._history)
+            self._started_at = time.monotonic()
+        self._publisher = ModelPublisher(self._bus, run_id=self._run_id, epoch=self._epoch)
+        if self._history.finished:
+            await self._save_history()
+            return None
+        self._history.settings, self._history.reason = _settings(self._app), ""
+        self._tell_start()
+        if self._last_commit is None or self._last_commit.version is None:
+            return await self._initial_model()
+        assert self._folder is not None
+        self._version = self._last_commit.version
+        return self._folder.load_checkpoint(self._version, run_id=self._run_id)
+
+    def _tell_start(self) -> None:
         rounds = self._app.rounds
         self._tell(
             o.RunStarted(
@@ -220,28 +309,34 @@ class Server:
                 start_clients=rounds.start_clients,
             )
         )
-        async with contextlib.AsyncExitStack() as stack:
-            control = await self._open_control(stack)
-            # No bound: the parts of all updates that a round needs stay unacknowledged until its commit.
-            updates = await stack.enter_async_context(self._bus.consume(UPDATES, prefetch=0))
-            self._intake = UpdateIntake(
-                updates,
-                self._engine,
-                run_id=self._run_id,
-                put=self._events.put,
-                tell=self._tell,
-                stalled_after_s=self._stalled_after_s,
-            )
-            await self._work(self._engine, self._intake, model, control)
+        if self._last_commit is not None:
+            done = len(self._history.rounds)
+            self._tell(o.RunResumed(run_id=self._run_id, epoch=self._epoch, rounds=done, seconds=self._seconds()))
 
-    async def _open_control(self, stack: contextlib.AsyncExitStack) -> Consumer:
-        """Two servers on one queue would each see half of what the clients say."""
-        try:
-            return await consume_alone(self._bus, stack, CONTROL, prefetch=_CONTROL_PREFETCH)
-        except QueueBusy:
-            raise QueueBusy(
-                "another server runs on this broker: stop it first, or give each run a vhost of its own"
-            ) from None
+    def _make_engine(self, *, has_model: bool) -> Engine:
+        last, restored = self._last_commit, None
+        if last is not None:
+            restored = Restored(
+                rounds=len(self._history.rounds),
+                version=last.version or 0,
+                clients=last.members,
+                tasks=last.tasks,
+                evaluation_due=self._evaluation_is_due(),
+            )
+        return Engine(
+            self._app.rounds,
+            seed=self._app.seed,
+            run_id=self._run_id,
+            has_model=has_model,
+            restored=restored,
+            now=time.monotonic(),
+        )
+
+    def _evaluation_is_due(self) -> bool:
+        records = self._history.rounds
+        if not records or records[-1].federated is not None:
+            return False
+        return records[-1].version > (records[-2].version if len(records) > 1 else 0)
 
     async def _work(
         self, engine: Engine, intake: UpdateIntake, model: dict[str, Array] | None, control: Consumer
@@ -252,13 +347,20 @@ class Server:
                 self._receive_control(control),
                 intake.receive(),
                 self._send(group),
+                self._send_replies(),
                 self._aggregate(),
                 self._evaluate(),
                 self._drive(engine),
-                intake.give_up_stalled(),
+                self._listen_to_ourselves(),
+                self._clear_doubts(intake),
+                self._keep_notes(),
+                intake.look_after_stalled(),
             ]
             tasks = [group.create_task(coroutine) for coroutine in work]
-            if model is not None:
+            if self._last_commit is not None and self._last_commit.version is not None:
+                assert model is not None
+                await self._go_on(intake, model)
+            elif model is not None:
                 await self._adopt(model)
             await self._ended.wait()
             for task in (*tasks, *self._sending):
@@ -294,6 +396,8 @@ class Server:
     def _control_event(self, message: m.Message) -> e.Event | None:
         match message:
             case m.Join():
+                if self._intake is not None:  # a new process: the upload of the old one will not go on
+                    self._intake.slots.release_client(message.client_id)
                 return e.ClientJoined(client_id=check_client_id(message.client_id), session=message.session)
             case m.Heartbeat():
                 client_id = check_client_id(message.client_id)
@@ -310,8 +414,55 @@ class Server:
                 )
             case m.EvaluateReport():
                 return self._evaluate_event(message)
+            case m.UploadRequest():
+                self._upload_requested(message)
+                return None
+            case m.Echo():
+                is_ours = (message.run_id, message.epoch) == (self._run_id, self._epoch)
+                return e.EchoHeard(sent_at=min(message.sent_at, time.monotonic())) if is_ours else None
             case _:
                 raise DecodeError(f"a {type(message).__name__} does not belong here")
+
+    def _upload_requested(self, request: m.UploadRequest) -> None:
+        """Queue it up; or say what has become of an update that was announced again because our word was lost."""
+        client_id = check_client_id(request.client_id)
+        assert self._engine is not None
+        assert self._intake is not None
+        fate = self._engine.fate(request.task_id, client_id)
+        if fate is Fate.AWAITED:
+            self._intake.slots.request(client_id, request.task_id, request.nbytes)
+        elif fate in (Fate.COMMITTED, Fate.UNWANTED):
+            self._replies.put_nowait((client_id, self._verdict(request.task_id, client_id)))
+
+    def _grant(self, client_id: str, task_id: str) -> None:
+        grant = m.UploadGrant(task_id=task_id, run_id=self._run_id, epoch=self._epoch)
+        self._replies.put_nowait((client_id, grant))
+
+    def _verdict(self, task_id: str, client_id: str) -> m.Receipt | m.Refusal:
+        """Of an update that is not waited for."""
+        committed = self._ledger.receipt_of(task_id, client_id)
+        if committed is None:
+            return m.Refusal(task_id=task_id, run_id=self._run_id, reason="nobody waits for it")
+        round_, staleness = committed
+        return m.Receipt(task_id=task_id, run_id=self._run_id, round=round_, staleness=staleness)
+
+    async def _listen_to_ourselves(self) -> None:
+        """Prove, now and then, that what clients say is heard: silence while it is not proves nothing."""
+        lease_s = self._app.rounds.lease_s
+        self._events.put(e.EchoHeard(sent_at=time.monotonic()))
+        while True:
+            await asyncio.sleep(max(0.05, lease_s / 8))
+            echo = m.Echo(run_id=self._run_id, epoch=self._epoch, sent_at=time.monotonic())
+            with contextlib.suppress(PublishUnconfirmed):
+                await self._bus.publish(CONTROL, "", encode(echo), expires_s=lease_s)
+
+    async def _clear_doubts(self, intake: UpdateIntake) -> None:
+        """After a loss of the connection: once all that the broker still had is here, ask for what is missing."""
+        while True:
+            await self._in_doubt.wait()
+            self._in_doubt.clear()
+            await intake.quiet(_REDELIVERY_PAUSE_S, _REDELIVERY_MOST_S)
+            self._events.put(e.TasksInDoubt())
 
     def _evaluate_event(self, report: m.EvaluateReport) -> e.Event:
         if report.num_examples < 1 or not math.isfinite(report.loss):
@@ -333,7 +484,24 @@ class Server:
             deadline = engine.next_deadline()
             if deadline is not None and deadline <= time.monotonic() and self._events.empty():
                 commands += engine.advance(time.monotonic())
-            for command in commands:
+            await self._carry_out_all(commands)
+
+    async def _carry_out_all(self, commands: list[c.Command]) -> None:
+        """What the clients wait for goes first; acknowledgements and receipts can wait for it, and the end for all."""
+        tasks = [command for command in commands if isinstance(command, c.SendFitTask)]
+        if tasks:  # before it is sent: its update must be known for what it is, whoever serves the run then
+            self._ledger.note_tasks((task.task_id, task.client_id, task.round, task.version) for task in tasks)
+        later: list[c.Command] = []
+        for command in commands:
+            if isinstance(command, c.Settle | c.EndRun):
+                later.append(command)
+            else:
+                await self._carry_out(command)
+        committed = [command for command in later if isinstance(command, c.Settle) and _is_committed(command)]
+        if committed:
+            await self._settle_committed(committed)
+        for command in later:
+            if command not in committed:
                 await self._carry_out(command)
 
     async def _next_event(self, deadline: float | None) -> e.Event | None:
@@ -357,7 +525,7 @@ class Server:
                 )
                 await self._outbound.put((command.client_id, welcome, rounds.lease_s))
             case c.RequestParameters():
-                task = m.ParametersTask(task_id=command.task_id, run_id=self._run_id)
+                task = m.ParametersTask(task_id=command.task_id, run_id=self._run_id, epoch=self._epoch)
                 await self._outbound.put((command.client_id, task, self._app.rounds.timeout_s))
             case c.SendFitTask():
                 await self._outbound.put((command.client_id, self._fit_task(command), command.timeout_s))
@@ -382,10 +550,12 @@ class Server:
         return m.FitTask(
             task_id=command.task_id,
             run_id=self._run_id,
+            epoch=self._epoch,
             round=command.round,
             version=command.version,
             offset=self._offsets[command.version],
             timeout_s=command.timeout_s,
+            eager_bytes=eager_share(len(self._engine.members) if self._engine else 1),
             config=self._app.fit_config_of(command.round),
         )
 
@@ -393,6 +563,7 @@ class Server:
         return m.EvaluateTask(
             task_id=command.task_id,
             run_id=self._run_id,
+            epoch=self._epoch,
             round=command.round,
             version=command.version,
             offset=self._offsets[command.version],
@@ -405,20 +576,39 @@ class Server:
 
     def _note(self, notice: c.Notice) -> None:
         match notice:
-            case c.MemberJoined() if notice.client_id not in self._history.clients_joined:
-                self._history.clients_joined.append(notice.client_id)
+            case c.MemberJoined():
+                if notice.client_id not in self._history.clients_joined:
+                    self._history.clients_joined.append(notice.client_id)
+                self._members_changed.set()
             case c.MemberLost():
                 gone = self._history.clients_left if notice.left else self._history.clients_lost
                 gone.append(notice.client_id)
+                self._members_changed.set()
+                if self._intake is not None:
+                    self._intake.slots.release_client(notice.client_id)
             case c.FitFailed():
                 self._last_failure = f"{notice.client_id}: {notice.reason}"
+                task_id = f"{self._run_id}/fit/{notice.round}/{notice.client_id}"
+                self._ledger.note_failed(task_id, notice.client_id, notice.reason)
+                if self._intake is not None:
+                    self._intake.slots.release(task_id)
             case c.EvaluateFailed():
                 record = self._history.record(notice.round)
                 if record is not None:
                     record.evaluate_failed[notice.client_id] = notice.reason
+                    self._ledger.note_record(record)
             case _:
                 pass
         self._tell(notice)
+
+    async def _keep_notes(self) -> None:
+        """Note who is in, soon after it changed: a flood of joins must not become a flood of transactions."""
+        assert self._engine is not None
+        while True:
+            await self._members_changed.wait()
+            self._members_changed.clear()
+            self._ledger.note_members(self._engine.members, self._history)
+            await asyncio.sleep(_NOTES_EVERY_S)
 
     # ---- settling ------------------------------------------------------------------------------------------------
 
@@ -426,17 +616,32 @@ class Server:
         """Acknowledge only now: the effect is durable, or there will be none."""
         assert self._intake is not None
         await self._intake.settle(command.delivery, keep_in_broker=command.outcome is Outcome.RELEASED)
-        if command.outcome is Outcome.COMMITTED:
-            receipt = m.Receipt(
-                task_id=command.task_id, run_id=self._run_id, round=command.round, staleness=command.staleness
-            )
-            await self._outbound.put((command.client_id, receipt, self._app.rounds.timeout_s))
+        if command.outcome is Outcome.DUPLICATE and command.round:
+            await self._send_receipt(command)  # the first one may be lost
         elif command.outcome is Outcome.REFUSED:
+            committed = self._ledger.receipt_of(command.task_id, command.client_id)
+            if committed is not None:  # so long ago that the engine has forgotten it
+                round_, staleness = committed
+                await self._send_receipt(dataclasses.replace(command, round=round_, staleness=staleness))
+                return
+            self._ledger.note_failed(command.task_id, command.client_id, command.reason)
             self._refused[command.client_id] = command.reason
             self._last_failure = f"{command.client_id}: {command.reason}"
             self._tell(o.UpdateRefused(client_id=command.client_id, task_id=command.task_id, reason=command.reason))
             refusal = m.Refusal(task_id=command.task_id, run_id=self._run_id, reason=command.reason)
             await self._outbound.put((command.client_id, refusal, self._app.rounds.timeout_s))
+
+    async def _settle_committed(self, commands: list[c.Settle]) -> None:
+        assert self._intake is not None
+        await self._intake.settle_all([command.delivery for command in commands])
+        for command in commands:
+            await self._send_receipt(command)
+
+    async def _send_receipt(self, command: c.Settle) -> None:
+        receipt = m.Receipt(
+            task_id=command.task_id, run_id=self._run_id, round=command.round, staleness=command.staleness
+        )
+        await self._outbound.put((command.client_id, receipt, self._app.rounds.timeout_s))
 
     # ---- out: the sender -----------------------------------------------------------------------------------------
 
@@ -450,6 +655,11 @@ class Server:
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
             task.add_done_callback(lambda _: slots.release())
+
+    async def _send_replies(self) -> None:
+        while True:
+            client_id, reply = await self._replies.get()
+            await self._outbound.put((client_id, reply, self._app.rounds.lease_s))
 
     async def _send_one(self, client_id: str, message: m.InboxMessage, expires_s: float | None) -> None:
         try:
@@ -493,14 +703,15 @@ class Server:
         )
         await _off_loop(strategy.fold, self._fold_state, update)
         staged.tensors = None
-        self._folded.append(
-            FoldedUpdate(
-                client_id=staged.client_id,
-                staleness=command.staleness,
-                num_examples=staged.num_examples,
-                metrics=dict(staged.metrics),
-            )
+        assert self._intake is not None
+        self._intake.slots.pump()
+        folded = FoldedUpdate(
+            client_id=staged.client_id,
+            staleness=command.staleness,
+            num_examples=staged.num_examples,
+            metrics=dict(staged.metrics),
         )
+        self._folded.append((staged.task_id, folded))
         self._tell(
             o.UpdateFolded(
                 client_id=staged.client_id,
@@ -510,31 +721,59 @@ class Server:
             )
         )
 
-    async def _adopt(self, model: dict[str, Array]) -> None:
+    async def _adopt(self, model: Tensors) -> None:
         """Make `model` version 0 and publish it."""
         self._model = _frozen({name: value.copy() for name, value in model.items()})
         assert self._intake is not None
         self._intake.expect(self._model)
-        await self._publish()
-        await self._save()
-        await self._evaluate_centrally(0)
+        publishing = await self._publish(self._make_initial_durable())
         self._events.put(e.ModelReady())
-        await self._publisher.find_end()
+        await publishing
+        self._let_go_of_memory()
+        await self._evaluate_centrally(0)
+
+    async def _make_initial_durable(self) -> None:
+        await self._save_checkpoint()
+        with _disk():
+            await asyncio.to_thread(self._ledger.commit_model, self._version)
+        await self._settle_checkpoint()
+
+    async def _go_on(self, intake: UpdateIntake, model: dict[str, Array]) -> None:
+        """Go on from the last commit: what the broker gives again is taken in before tasks are repeated."""
+        self._model = _frozen(model)
+        intake.expect(self._model)
+        await self._settle_checkpoint()
+        publishing = await self._publish(asyncio.sleep(0))
+        rounds = self._history.rounds
+        last = rounds[-1].round if rounds else 0
+        for task_id, client_id, staleness in self._ledger.folded_in(last):  # the first receipt may be lost
+            receipt = m.Receipt(task_id=task_id, run_id=self._run_id, round=last, staleness=staleness)
+            await self._outbound.put((client_id, receipt, self._app.rounds.timeout_s))
+        if (rounds[-1].central if rounds else self._history.initial) is None:
+            await self._evaluate_centrally(last)
+        await intake.quiet(_REDELIVERY_PAUSE_S, _REDELIVERY_MOST_S)
+        self._events.put(e.ModelReady())
+        await publishing
 
     async def _commit(self, command: c.Commit) -> None:
         assert self._model is not None
         if command.folded:
             state, self._fold_state = self._fold_state, None
             model = await _off_loop(self._app.strategy.finish, state, self._model)
+            del state
             _check_same_kind(self._model, model)
             await self._keep_if_finite(command, model)
-        record = self._record(command)
+            del model
+        folded, self._folded = self._folded, []
+        record = self._record(command, [update for _, update in folded])
         if command.folded and self._version == command.version:
             record.reason = "discarded"
-        if self._version != command.version:
-            await self._save()
-            await self._publish()
-        record.seconds = round(time.monotonic() - command.opened_at, 3)
+        durable = self._make_durable(record, folded)
+        publishing = None
+        if self._version == command.version:
+            await durable
+        else:
+            publishing = await self._publish(durable)
         self._events.put(e.RoundCommitted(round=command.round, version=self._version))
         self._tell(
             o.RoundClosed(
@@ -548,9 +787,32 @@ class Server:
                 seconds=record.seconds,
             )
         )
-        if self._version != command.version:
+        self._history.seconds = round(self._seconds(), 3)
+        if publishing is not None:
+            await publishing
+            self._let_go_of_memory()
             await self._publisher.find_end()  # while the clients fetch it
             await self._evaluate_centrally(command.round)
+        await self._save_history(at_once=False)
+
+    async def _make_durable(self, record: RoundRecord, folded: list[tuple[str, FoldedUpdate]]) -> None:
+        """Checkpoint, then ledger: from then on the round is committed."""
+        is_new_model = record.version != (self._history.rounds[-1].version if self._history.rounds else 0)
+        if is_new_model:
+            await self._save_checkpoint()
+        record.seconds = round(self._seconds() - record.opened_s, 6)
+        rows = [(task_id, update.client_id, update.staleness) for task_id, update in folded]
+        with _disk():
+            await asyncio.to_thread(
+                self._ledger.commit_round,
+                record,
+                rows,
+                seconds=self._seconds(),
+                max_staleness=self._app.rounds.max_staleness,
+            )
+        self._history.rounds.append(record)
+        if is_new_model:
+            await self._settle_checkpoint()
 
     async def _keep_if_finite(self, command: c.Commit, model: dict[str, Array]) -> None:
         """Finite updates can add up to more than the dtype holds: then the model stays, and the round is empty."""
@@ -564,13 +826,31 @@ class Server:
         self._model = _frozen(model)
         self._version += 1
 
-    async def _publish(self) -> None:
+    async def _publish(self, durable: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Publish the model while it is made durable; returns when both clients may begin to read and it is durable.
+
+        The returned task ends when its last part is in the stream.
+        """
+        head: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        publishing = asyncio.create_task(self._publish_parts(head))
+        try:
+            await durable
+            waits: set[asyncio.Future[Any]] = {publishing, head}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if not head.done():
+                publishing.result()  # raises
+        except BaseException:
+            publishing.cancel()
+            raise
+        self._offsets = {version: known for version, known in self._offsets.items() if version == self._version - 1} | {
+            self._version: head.result()
+        }
+        return publishing
+
+    async def _publish_parts(self, head: asyncio.Future[int]) -> None:
         assert self._model is not None
         started_at = time.monotonic()
-        offset, parts, payload_bytes = await self._publisher.publish(self._model, self._version)
-        self._offsets = {version: known for version, known in self._offsets.items() if version == self._version - 1} | {
-            self._version: offset
-        }
+        parts, payload_bytes = await self._publisher.publish(self._model, self._version, head)
         self._tell(
             o.ModelPublished(
                 version=self._version,
@@ -580,39 +860,47 @@ class Server:
             )
         )
 
-    async def _save(self) -> None:
-        if self._folder is not None and self._model is not None:
+    def _let_go_of_memory(self) -> None:
+        """Read the model from its checkpoint from now on: it is needed again only when the round closes."""
+        if self._folder is not None:
+            self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
+
+    async def _save_checkpoint(self) -> None:
+        if self._folder is not None:
+            assert self._model is not None
             with _disk():
                 await asyncio.to_thread(
-                    self._folder.save_model, self._model, run_id=self._run_id, version=self._version
+                    self._folder.save_checkpoint, self._model, run_id=self._run_id, version=self._version
                 )
-            await self._save_history()
 
-    async def _save_history(self) -> None:
+    async def _settle_checkpoint(self) -> None:
         if self._folder is not None:
+            with _disk():
+                await asyncio.to_thread(self._folder.settle_checkpoint, self._version)
+
+    async def _save_history(self, *, at_once: bool = True) -> None:
+        now = time.monotonic()
+        if self._folder is not None and (at_once or now - self._history_saved_at > _HISTORY_EVERY_S):
+            self._history_saved_at = now
             with _disk():
                 await asyncio.to_thread(self._folder.save_history, self._history)
 
-    def _record(self, command: c.Commit) -> RoundRecord:
+    def _record(self, command: c.Commit, folded: list[FoldedUpdate]) -> RoundRecord:
         refused, self._refused = self._refused, {}
-        folded, self._folded = self._folded, []
-        self._history.rounds.append(
-            RoundRecord(
-                round=command.round,
-                version=self._version,
-                reason=command.reason.value,
-                opened_s=round(command.opened_at - self._started_at, 3),
-                seconds=round(time.monotonic() - command.opened_at, 3),
-                cohort=list(command.cohort),
-                folded=folded,
-                unfinished=list(command.unfinished),
-                lost=list(command.lost),
-                failed=dict(command.failed),
-                refused=refused,
-                fit_metrics=weighted_mean((update.num_examples, update.metrics) for update in folded),
-            )
+        return RoundRecord(
+            round=command.round,
+            version=self._version,
+            reason=command.reason.value,
+            opened_s=round(command.opened_at - self._started_at, 6),
+            seconds=0.0,
+            cohort=list(command.cohort),
+            folded=folded,
+            unfinished=list(command.unfinished),
+            lost=list(command.lost),
+            failed=dict(command.failed),
+            refused=refused,
+            fit_metrics=weighted_mean((update.num_examples, update.metrics) for update in folded),
         )
-        return self._history.rounds[-1]
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -630,6 +918,7 @@ class Server:
                 record, evaluation = self._history.record(round), None
                 if record is not None:
                     record.central_failed = str(exc)
+                    self._ledger.note_record(record)
             if evaluation is not None:
                 self._keep_central(round, evaluation)
             del model
@@ -653,8 +942,10 @@ class Server:
         record = self._history.record(round)
         if record is None:
             self._history.initial = evaluation
+            self._members_changed.set()
         else:
             record.central = evaluation
+            self._ledger.note_record(record)
         self._tell(
             o.Evaluated(round=round, where="central", loss=evaluation.loss, metrics=evaluation.metrics, clients=0)
         )
@@ -679,6 +970,7 @@ class Server:
         record = self._history.record(command.round)
         assert record is not None
         record.federated = evaluation
+        self._ledger.note_record(record)
         self._tell(
             o.Evaluated(
                 round=command.round,
@@ -724,7 +1016,7 @@ class Server:
                 task.cancel()
 
     def _goodbye(self, finished: bool, reason: str) -> m.RunEnded:
-        return m.RunEnded(run_id=self._run_id, finished=finished, reason=reason)
+        return m.RunEnded(run_id=self._run_id, epoch=self._epoch, finished=finished, reason=reason)
 
     async def _send_home(self, reason: str) -> None:
         """After a failure of ours the clients need not wait for us, if the broker is still there to tell them."""
@@ -740,7 +1032,22 @@ class Server:
     async def _note_end(self, *, finished: bool, reason: str) -> None:
         self._history.finished, self._history.reason = finished, reason
         self._history.seconds = round(self._seconds(), 3)
-        await self._save_history()
+        if self._ledger.holds_a_run:
+            await asyncio.to_thread(self._ledger.save_end, self._history)
+            await self._save_history()
+
+
+def _settings(app: App) -> dict[str, Any]:
+    return {
+        "fedbus": version("fedbus"),
+        "seed": app.seed,
+        "strategy": repr(app.strategy),
+        **dataclasses.asdict(app.rounds),
+    }
+
+
+def _is_committed(command: c.Settle) -> bool:
+    return command.outcome is Outcome.COMMITTED
 
 
 def _frozen(model: dict[str, Array]) -> dict[str, Array]:

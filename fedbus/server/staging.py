@@ -1,4 +1,9 @@
-"""Updates on their way in: parts put together, checked against the model, kept until they are settled."""
+"""Updates on their way in: parts put together, checked against the model, kept until they are settled.
+
+Whatever comes may come again: after a lost connection the broker delivers anew all that was not acknowledged, of
+updates that are half here, waiting, or folded already. A part that is known only brings its newer delivery, for only
+that one can be acknowledged.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from fedbus.types import Array, Metrics, Tensors, delta_dtype
 from fedbus.wire.arrays import dtype_name, payload_bytes
 from fedbus.wire.codec import MAX_PART_BYTES
 from fedbus.wire.messages import Part, Update
-from fedbus.wire.transfer import MIN_PART_BYTES, Assembly
+from fedbus.wire.transfer import MIN_PART_BYTES, PartedAssembly, PartedTensors
 
 MAX_ORPHAN_BYTES = 64 << 20
 """What is kept of parts whose head has not come yet: the broker keeps the order, but for redeliveries."""
@@ -30,23 +35,28 @@ MAX_INITIAL_BYTES = 16 << 30
 
 @dataclass(kw_only=True, slots=True)
 class StagedUpdate:
-    """A whole update, with the deliveries that it came in."""
+    """A whole update, with the delivery that each of its parts came in last."""
 
     client_id: str
     task_id: str
+    transfer: str
     num_examples: int
     metrics: Metrics
-    deliveries: list[Delivery]
-    tensors: dict[str, Array] | None
+    deliveries: dict[int, Delivery]
+    tensors: PartedTensors | None
     """None once folded: the memory is free, the deliveries are still to be settled."""
+
+    def in_settling_order(self) -> list[Delivery]:
+        """The head last: a crash in the middle must not leave parts without one."""
+        return [self.deliveries[index] for index in sorted(self.deliveries, reverse=True)]
 
 
 @dataclass(kw_only=True, slots=True)
 class _Transfer:
     head: Update
-    assembly: Assembly
+    assembly: PartedAssembly
     touched_at: float
-    deliveries: list[Delivery] = field(default_factory=list)
+    deliveries: dict[int, Delivery] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -64,10 +74,18 @@ class Staging:
         self._orphans: dict[str, _Orphans] = {}
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._updates: dict[int, StagedUpdate] = {}
+        self._by_transfer: dict[str, StagedUpdate] = {}
         self._tokens = itertools.count(1)
 
     def __repr__(self) -> str:
         return f"<Staging transfers={len(self._transfers)} updates={len(self._updates)}>"
+
+    def refresh(self, message: Update | Part, delivery: Delivery) -> bool:
+        """True for a part of an update that is whole already: only its delivery is new."""
+        update = self._by_transfer.get(message.transfer)
+        if update is not None:
+            update.deliveries[_index(message)] = _bare(delivery)
+        return update is not None
 
     def begin(self, head: Update, delivery: Delivery, now: float) -> int | None:
         """Take the head of a transfer; the token of the update when it is whole by now.
@@ -82,15 +100,14 @@ class Staging:
 
     def _begin(self, head: Update, delivery: Delivery, now: float) -> int | None:
         transfer = self._transfers.get(head.transfer)
+        self._aborted.pop(head.transfer, None)  # it is sent again from its begin
         if transfer is None:
-            transfer = _Transfer(head=head, assembly=Assembly(head.schema, head.part_bytes), touched_at=now)
+            transfer = _Transfer(head=head, assembly=PartedAssembly(head.schema, head.part_bytes), touched_at=now)
             self._transfers[head.transfer] = transfer
-        transfer.deliveries.append(_bare(delivery))
-        transfer.assembly.add(0, head.crc32, head.payload)
+        _take(transfer, head, delivery, now)
         orphans = self._orphans.pop(head.transfer, None)
         for part, its_delivery in orphans.parts if orphans else ():
-            transfer.deliveries.append(its_delivery)
-            transfer.assembly.add(part.index, part.crc32, part.payload)
+            _take(transfer, part, its_delivery, now)
         return self._finish(transfer)
 
     def add(self, part: Part, delivery: Delivery, now: float) -> int | None:
@@ -106,10 +123,8 @@ class Staging:
             orphans.parts.append((part, _bare(delivery)))
             orphans.size += len(part.payload)
             return None
-        transfer.touched_at = now
-        transfer.deliveries.append(_bare(delivery))
         try:
-            transfer.assembly.add(part.index, part.crc32, part.payload)
+            _take(transfer, part, delivery, now)
         except DecodeError as exc:
             raise UpdateRefused(str(exc)) from exc
         return self._finish(transfer)
@@ -121,10 +136,11 @@ class Staging:
         if head is None:
             assert known is not None, "only a part of a known transfer can be refused"
             head = known.head
-        deliveries = self.abort(message.transfer)
-        if all(delivery.tag != other.tag for other in deliveries):
-            deliveries.append(_bare(delivery))
-        return self.keep(head, deliveries, None)
+        orphans = self._orphans.get(message.transfer)
+        deliveries = dict(known.deliveries) if known else {}
+        deliveries |= {part.index: its_delivery for part, its_delivery in (orphans.parts if orphans else ())}
+        self.abort(message.transfer)
+        return self.keep(head, {**deliveries, _index(message): _bare(delivery)}, None)
 
     def head_of(self, transfer: str) -> Update | None:
         """The head of a transfer under way; None when only parts of it have come."""
@@ -133,8 +149,9 @@ class Staging:
 
     def give_up(self, transfer: str) -> int:
         """Like `refuse`, for a transfer of which nothing more comes."""
-        head = self._transfers[transfer].head
-        return self.keep(head, self.abort(transfer), None)
+        known = self._transfers[transfer]
+        self.abort(transfer)
+        return self.keep(known.head, known.deliveries, None)
 
     def is_aborted(self, transfer: str) -> bool:
         """True for further parts of a transfer that was given up."""
@@ -144,23 +161,36 @@ class Staging:
         """The transfers under way for `task_id`."""
         return [name for name, transfer in self._transfers.items() if transfer.head.task_id == task_id]
 
+    def missing_bytes(self, task_id: str) -> int | None:
+        """How much of the upload for `task_id` is still to come; None when none is under way."""
+        for transfer in self._transfers.values():
+            if transfer.head.task_id == task_id:
+                return transfer.assembly.missing * transfer.head.part_bytes
+        return None
+
+    def waits_to_be_folded(self) -> bool:
+        """True while the tensors of a whole update lie here."""
+        return any(update.tensors is not None for update in self._updates.values())
+
     def _finish(self, transfer: _Transfer) -> int | None:
         if transfer.assembly.missing:
             return None
         del self._transfers[transfer.head.transfer]
         return self.keep(transfer.head, transfer.deliveries, transfer.assembly.tensors())
 
-    def keep(self, head: Update, deliveries: list[Delivery], tensors: dict[str, Array] | None) -> int:
+    def keep(self, head: Update, deliveries: dict[int, Delivery], tensors: PartedTensors | None) -> int:
         """Remember an update (one that is refused has no tensors) and give it a token."""
         token = next(self._tokens)
-        self._updates[token] = StagedUpdate(
+        update = StagedUpdate(
             client_id=head.client_id,
             task_id=head.task_id,
+            transfer=head.transfer,
             num_examples=head.num_examples,
             metrics=head.metrics,
             deliveries=deliveries,
             tensors=tensors,
         )
+        self._updates[token] = self._by_transfer[head.transfer] = update
         return token
 
     def get(self, token: int) -> StagedUpdate:
@@ -168,7 +198,10 @@ class Staging:
 
     def take_out(self, token: int) -> StagedUpdate:
         """Forget the update; its deliveries are the caller's to settle."""
-        return self._updates.pop(token)
+        update = self._updates.pop(token)
+        if self._by_transfer.get(update.transfer) is update:
+            del self._by_transfer[update.transfer]
+        return update
 
     def abort(self, transfer: str) -> list[Delivery]:
         """Forget a transfer that went wrong; its deliveries are the caller's to settle."""
@@ -177,13 +210,30 @@ class Staging:
             self._aborted.popitem(last=False)
         known = self._transfers.pop(transfer, None)
         orphans = self._orphans.pop(transfer, None)
-        return (known.deliveries if known else []) + [delivery for _, delivery in (orphans.parts if orphans else ())]
+        deliveries = list(known.deliveries.values()) if known else []
+        return deliveries + [delivery for _, delivery in (orphans.parts if orphans else ())]
 
     def stalled(self, before: float) -> list[str]:
         """Transfers of which nothing has come since `before`: their senders are gone."""
         touched_at = {name: transfer.touched_at for name, transfer in self._transfers.items()}
         touched_at |= {name: orphans.touched_at for name, orphans in self._orphans.items()}
         return [name for name, at in touched_at.items() if at < before]
+
+    def touch(self, transfer: str, now: float) -> None:
+        """Give a stalled transfer more time."""
+        self._transfers[transfer].touched_at = now
+
+
+def _index(message: Update | Part) -> int:
+    return message.index if isinstance(message, Part) else 0
+
+
+def _take(transfer: _Transfer, message: Update | Part, delivery: Delivery, now: float) -> None:
+    transfer.touched_at = now
+    if transfer.assembly.take(message):
+        for name, _, values in transfer.assembly.pieces_of(message):
+            check_finite({name: values})
+    transfer.deliveries[_index(message)] = _bare(delivery)
 
 
 def _bare(delivery: Delivery) -> Delivery:
@@ -232,7 +282,7 @@ def check_initial(update: Update) -> None:
 
 
 def check_finite(tensors: Tensors) -> None:
-    """Raise `UpdateRefused` when any value is NaN or infinite. Reads every byte: call it off the event loop."""
+    """Raise `UpdateRefused` when any value is NaN or infinite. Reads every byte: large models off the event loop."""
     for name, value in tensors.items():
         if value.dtype.kind not in "iub" and not _all_finite(value):
             raise UpdateRefused(f"tensor {name!r} holds NaN or infinite values: did the training diverge?")

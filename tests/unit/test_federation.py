@@ -16,7 +16,7 @@ import pytest
 from fedbus.bus.base import Bus
 from fedbus.bus.memory import MemoryBroker
 from fedbus.bus.topology import CONTROL, DEAD, UPDATES, client_inbox, inbox, ingress, model_stream
-from fedbus.client.reader import ModelReader
+from fedbus.client.reader import ModelReader, Place
 from fedbus.errors import BrokerClosed, QueueBusy, QueueMissing, RunFailed
 from fedbus.observe import events as o
 from fedbus.observe.logs import sentence
@@ -27,10 +27,9 @@ from fedbus.strategies.fedavg import FedAvg
 from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, FitResult, Scalar, Tensors
 from fedbus.wire import messages as m
-from fedbus.wire.arrays import pack
 from fedbus.wire.codec import decode, encode
-from fedbus.wire.transfer import crc32, cut
-from tests.kit import AddingClient, Gate, app_of, federation, weighted
+from fedbus.wire.transfer import crc32
+from tests.kit import AddingClient, Gate, app_of, cut, federation, pack, weighted
 
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
 
@@ -669,11 +668,21 @@ async def test_a_server_that_fails_sends_its_clients_home() -> None:
 async def test_words_of_an_earlier_run_in_the_inbox_mean_nothing() -> None:
     async with federation(app_of(rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
         bus = await join_before_the_server(story)
-        task = m.FitTask(task_id="old/fit/1/c1", run_id="old", round=1, version=0, offset=0, timeout_s=1.0, config={})
+        task = m.FitTask(
+            task_id="old/fit/1/c1",
+            run_id="old",
+            epoch=1,
+            round=1,
+            version=0,
+            offset=0,
+            timeout_s=1.0,
+            eager_bytes=0,
+            config={},
+        )
         for message in (
             m.Welcome(run_id="old", session="another process", epoch=1, heartbeat_s=1, lease_s=2),
             task,
-            m.RunEnded(run_id="old", finished=True, reason=""),
+            m.RunEnded(run_id="old", epoch=1, finished=True, reason=""),
         ):
             await bus.publish("fedbus.tasks", "c1", encode(message))
         client = story.start_client("c1")
@@ -681,7 +690,7 @@ async def test_words_of_an_earlier_run_in_the_inbox_mean_nothing() -> None:
         assert not client.done()
         serving = story.start_server()
         await story.until(o.Welcomed)
-        await bus.publish("fedbus.tasks", "c1", encode(m.RunEnded(run_id="other", finished=False, reason="")))
+        await bus.publish("fedbus.tasks", "c1", encode(m.RunEnded(run_id="other", epoch=1, finished=False, reason="")))
         assert (await serving).updates == 1
         ended = await client
         assert ended is not None
@@ -900,6 +909,17 @@ async def test_a_stream_that_an_earlier_run_left_with_other_settings_is_replaced
         assert (await story.run("c1")).updates == 1
 
 
+async def publish(publisher: ModelPublisher, model: dict[str, Array], version: int) -> tuple[int, int]:
+    """Where the version begins, and its parts."""
+    head: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    parts, _ = await publisher.publish(model, version, head)
+    return head.result(), parts
+
+
+def place(version: int, offset: int, epoch: int = 1) -> Place:
+    return Place(run_id="run", epoch=epoch, version=version, offset=offset)
+
+
 async def test_every_version_is_found_whatever_gaps_the_stream_has() -> None:
     bus = MemoryBroker().connect()
     topology = model_stream(1)
@@ -909,27 +929,34 @@ async def test_every_version_is_found_whatever_gaps_the_stream_has() -> None:
     publisher._is_declared = True
     offsets = []
     for version in range(12):
-        offset, parts, _ = await publisher.publish({"w": np.full(400_000, version, np.float32)}, version)
+        offset, parts = await publish(publisher, {"w": np.full(400_000, version, np.float32)}, version)
         offsets.append(offset)
         assert parts == 2
-        if version % 3:  # whether there was time for it or not
+        if version % 5 == 0:  # whether it was time for it or not
+            publisher._unseen_bytes = 1 << 40
             await publisher.find_end()
     assert offsets != [2 * version for version in range(12)]  # there are gaps
+    one_reader = ModelReader(bus)  # keeps its subscription
     for version, offset in enumerate(offsets):
-        model = await ModelReader(bus).read("run", version, offset)
-        assert np.unique(model["w"]).tolist() == [version]
+        for reader in (one_reader, ModelReader(bus)):
+            model = await reader.read(place(version, offset))
+            assert np.unique(model["w"]).tolist() == [version]
+            if reader is not one_reader:
+                await reader.close()
+    assert np.unique((await one_reader.read(place(3, offsets[3])))["w"]).tolist() == [3]  # and back
+    await one_reader.close()
 
 
 async def test_a_version_that_is_no_longer_in_the_stream_is_not_mistaken_for_another() -> None:
     bus = MemoryBroker().connect()
     publisher = ModelPublisher(bus, run_id="run", epoch=1)
-    offsets = [(await publisher.publish({"w": np.full(400_000, v, np.float32)}, v))[0] for v in (0, 1)]
+    offsets = [(await publish(publisher, {"w": np.full(400_000, v, np.float32)}, v))[0] for v in (0, 1)]
     assert offsets == [0, 2]
     reader = ModelReader(bus)
-    assert (await reader.read("run", 1, offsets[1]))["w"][0] == 1
-    for run_id, version, offset in (("run", 0, offsets[1]), ("other", 1, offsets[1]), ("run", 0, 1)):
+    assert (await reader.read(place(1, offsets[1])))["w"][0] == 1
+    for offset in (offsets[1], 1):
         with pytest.raises(QueueMissing, match="no longer in the stream"):
-            await reader.read(run_id, version, offset)
+            await reader.read(place(0, offset))
 
 
 async def test_parts_of_another_version_are_not_mixed_in() -> None:
@@ -944,4 +971,4 @@ async def test_parts_of_another_version_are_not_mixed_in() -> None:
     for message in (head, foreign):
         await bus.publish("fedbus.model", "", encode(message))
     with pytest.raises(QueueMissing, match="not whole"):
-        await ModelReader(bus).read("run", 0, 0)
+        await ModelReader(bus).read(place(0, 0))

@@ -1,0 +1,104 @@
+"""Who may upload now: large updates come one after the other, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+LOW_WATER: Final = 16 << 20
+"""Bytes still to come of one upload when the next is let in: the road from the broker never runs dry."""
+
+EAGER_BYTES: Final = 64 << 20
+"""What all clients together may send unasked."""
+
+
+def eager_share(clients: int) -> int:
+    """The largest update, in payload bytes, that each of so many clients may send without asking."""
+    return EAGER_BYTES // max(1, clients)
+
+
+@dataclass(slots=True)
+class _Upload:
+    client_id: str
+    nbytes: int
+    touched_at: float = field(default_factory=time.monotonic)
+
+
+class UploadSlots:
+    """Grants uploads, first come first served: one at a time, and the next when the last one is nearly here.
+
+    Args:
+        grant: called with (client_id, task_id) for each grant.
+        missing_bytes: what of an upload is still to come; None when it has not begun.
+        is_full: whether an update that is not folded yet lies in memory.
+    """
+
+    def __init__(
+        self,
+        grant: Callable[[str, str], None],
+        *,
+        missing_bytes: Callable[[str], int | None],
+        is_full: Callable[[], bool],
+    ) -> None:
+        self._grant = grant
+        self._missing_bytes = missing_bytes
+        self._is_full = is_full
+        self._waiting: OrderedDict[str, _Upload] = OrderedDict()
+        self._granted: dict[str, _Upload] = {}
+
+    def __repr__(self) -> str:
+        return f"<UploadSlots granted={len(self._granted)} waiting={len(self._waiting)}>"
+
+    def request(self, client_id: str, task_id: str, nbytes: int) -> None:
+        """Let an upload queue up; one that has its grant already is told again."""
+        if task_id in self._granted:
+            self._grant(client_id, task_id)
+        elif task_id not in self._waiting:
+            self._waiting[task_id] = _Upload(client_id, nbytes)
+        self.pump()
+
+    def touch(self, task_id: str) -> None:
+        """Note that something of this upload has come."""
+        if task_id in self._granted:
+            self._granted[task_id].touched_at = time.monotonic()
+            self.pump()
+
+    def release(self, task_id: str) -> None:
+        """The upload is complete, or will not be."""
+        self._waiting.pop(task_id, None)
+        if self._granted.pop(task_id, None) is not None:
+            self.pump()
+
+    def release_client(self, client_id: str) -> None:
+        """The client is gone, or has begun anew."""
+        for task_id in [*self._waiting, *self._granted]:
+            upload = self._waiting.get(task_id) or self._granted.get(task_id)
+            if upload is not None and upload.client_id == client_id:
+                self.release(task_id)
+
+    def release_stalled(self, before: float) -> None:
+        """Take grants back of which nothing has come since `before`; a client that lives asks again."""
+        for task_id, upload in list(self._granted.items()):
+            if upload.touched_at < before:
+                self.release(task_id)
+
+    def pump(self) -> None:
+        """Grant what can be granted now."""
+        while self._waiting and not self._is_full() and self._to_come() <= LOW_WATER:
+            task_id, upload = self._waiting.popitem(last=False)
+            upload.touched_at = time.monotonic()
+            self._granted[task_id] = upload
+            self._grant(upload.client_id, task_id)
+
+    def _to_come(self) -> int:
+        """Bytes of the granted uploads that are not here yet; nothing is granted while they are many."""
+        if not self._granted:
+            return 0
+        missing = (self._missing_bytes(task_id) for task_id in self._granted)
+        return sum(
+            upload.nbytes if bytes_ is None else bytes_
+            for bytes_, upload in zip(missing, self._granted.values(), strict=True)
+        )
