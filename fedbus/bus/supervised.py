@@ -130,8 +130,7 @@ class SupervisedBus(Bus):
         self._ended: asyncio.Future[BrokerError | None] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[None] | None = None
         self._link: _Link | None = None
-        self._adopt(first)
-        self._supervisor = asyncio.create_task(self._supervise(), name="fedbus bus supervisor")
+        self._supervisor = asyncio.create_task(self._supervise(self._adopt(first)), name="fedbus bus supervisor")
 
     def __repr__(self) -> str:
         state = "ended" if self._failure else "connected" if self._link else "reconnecting"
@@ -255,11 +254,12 @@ class SupervisedBus(Bus):
         if self._failure is not None:
             _raise_anew(self._failure)
 
-    def _adopt(self, bus: Bus) -> None:
+    def _adopt(self, bus: Bus) -> _Link:
         self._link = link = _Link(bus, next(self._generations))
         self.broker = bus.broker
         bus.on_blocked = functools.partial(self._note_alarm, link)
         self._wake_line()
+        return link
 
     def _lose(self, link: _Link, reason: BrokerError) -> None:
         """Whoever notices first says so; nothing goes over `link` any more."""
@@ -301,11 +301,11 @@ class SupervisedBus(Bus):
 
     # ---- the supervisor ------------------------------------------------------------------------------------------
 
-    async def _supervise(self) -> None:
+    async def _supervise(self, link: _Link) -> None:
         try:
-            while self._link is not None:
-                await self._until_lost(self._link)
-                await self._connect_again()
+            while self._failure is None:
+                await self._until_lost(link)
+                link = await self._connect_again()
         except BrokerError as exc:
             self._end(exc)
         except Exception as exc:
@@ -328,10 +328,11 @@ class SupervisedBus(Bus):
         except BrokerError as exc:
             self._lose(link, exc)
 
-    async def _connect_again(self) -> None:
+    async def _connect_again(self) -> _Link:
         """Make the next connection, and put it in its place. Raises the error that is final."""
         denied_since: float | None = None
-        while self._failure is None:
+        while True:
+            self._check_open()
             await asyncio.sleep(self._jitter(self._attempts))
             self._attempts += 1
             try:
@@ -344,9 +345,9 @@ class SupervisedBus(Bus):
                 if self._give_up_s is not None and now - self._lost_at >= self._give_up_s:
                     raise BrokerUnreachable(f"no connection for {now - self._lost_at:.0f} s: {exc}") from exc
                 continue
-            self._adopt(bus)
+            link = self._adopt(bus)
             self._tell("restored", "connected again", time.monotonic() - self._lost_at)
-            return
+            return link
 
     async def _prepared(self, bus: Bus) -> Bus:
         """`bus`, where everything is as it was declared; closed when that cannot be."""
