@@ -81,7 +81,7 @@ class MemoryBroker:
     def drop_connections(self) -> None:
         """End every connection from the broker's side, as a restart does."""
         for bus in list(self._buses):
-            bus._end(BrokerClosed("the connection to the broker ended"))
+            bus.drop()
 
     def stop(self) -> None:
         """Go away, with all that is durable, until `start`."""
@@ -218,6 +218,10 @@ class MemoryBus(Bus):
 
     def __repr__(self) -> str:
         return f"<MemoryBus {self._user}{' closed' if self._ended.done() else ''}>"
+
+    def drop(self) -> None:
+        """End this connection from the broker's side."""
+        self._end(BrokerClosed("the connection to the broker ended"))
 
     async def _turn(self) -> None:
         """Every operation lets others run, as one over a socket does."""

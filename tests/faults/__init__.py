@@ -1,0 +1,1 @@
+"""Ways to make a broker, or the road to it, fail on purpose."""
