@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from fedbus.types import Array, Metrics, Tensors
+
+Piece: TypeAlias = tuple[str, int, Array]
+"""A tensor's name, the flat index of the run's first element, and the run of elements, flat."""
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """A delta that comes in pieces, so that its memory can go as it is folded."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """Each element once, those of one tensor in order; a tensor without elements as one piece without any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +36,12 @@ class ClientUpdate:
     staleness: int = 0
     discount: float = 1.0
     metrics: Metrics = field(default_factory=dict)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The delta piece by piece, as it hands itself out, or else one piece for each tensor; to be walked once."""
+        if isinstance(self.delta, InPieces):
+            return self.delta.pieces()
+        return ((name, 0, value.reshape(-1)) for name, value in self.delta.items())
 
 
 class Strategy(ABC):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import random
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -11,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbus.strategies.base import ClientUpdate
-from fedbus.strategies.fedavg import _BLOCK, FedAvg
+from fedbus.strategies.base import ClientUpdate, Piece
+from fedbus.strategies.exact import BLOCK
+from fedbus.strategies.fedavg import FedAvg
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.delta import update_delta
 from fedbus.types import Array, Metrics, Tensors
@@ -97,7 +101,7 @@ def test_a_thousand_small_steps_are_not_lost_in_a_large_weight() -> None:
 
 
 def test_tensors_longer_than_a_block_zero_d_and_empty_ones_are_averaged_whole() -> None:
-    size = 2 * _BLOCK + 17
+    size = 2 * BLOCK + 17
     model: dict[str, Array] = {
         "long": np.zeros(size, np.float32),
         "scalar": np.array(1, np.float32),
@@ -130,6 +134,212 @@ def test_the_streaming_mean_is_the_weighted_mean(trained: list[tuple[list[float]
     new = average(model, [({"w": np.array(values)}, n) for values, n in trained])
     expected = np.average([values for values, _ in trained], axis=0, weights=[n for _, n in trained])
     np.testing.assert_allclose(new["w"], expected, rtol=1e-9, atol=1e-9)
+
+
+# ---- the order of arrival --------------------------------------------------------------------------------------------
+
+
+def updates_of(model: Tensors, count: int, nasty: Callable[[Array, np.random.Generator], None]) -> list[ClientUpdate]:
+    """Updates with weights from 1 to 10**6, with and without a discount, some of them without some tensors."""
+    rng = np.random.default_rng(1)
+    updates = []
+    for index in range(count):
+        delta = {name: random_delta(value, rng) for name, value in model.items() if rng.random() < 0.9}
+        for value in delta.values():
+            if value.dtype.kind not in "iu" and rng.random() < 0.5:
+                nasty(value, rng)
+        num_examples, discount = int(10 ** rng.uniform(0, 6)), (index % 3 + 1) ** -0.5
+        updates.append(
+            ClientUpdate(client_id=str(index), delta=delta, num_examples=num_examples, staleness=1, discount=discount)
+        )
+    return updates
+
+
+def random_delta(value: Array, rng: np.random.Generator) -> Array:
+    if value.dtype.kind == "b":
+        return rng.integers(-1, 2, value.shape).astype(np.int8)
+    if value.dtype.kind in "iu":
+        return rng.integers(-(2**40), 2**40, value.shape)
+    delta = rng.normal(0, 1e-2, value.shape)
+    return (delta + 1j * delta[::-1] if value.dtype.kind == "c" else delta).astype(value.dtype)
+
+
+def tame(delta: Array, rng: np.random.Generator) -> None:
+    pass
+
+
+def with_outliers(delta: Array, rng: np.random.Generator) -> None:
+    """Values that cancel, dwarf all others, or are the smallest there are."""
+    huge = 1e4 if delta.dtype == np.float16 else 1e30
+    at = rng.integers(0, delta.size, 6)
+    delta[at] = np.array([huge, -huge, huge / 3, 5.0, np.finfo(np.float32).smallest_subnormal, 1e-7], delta.dtype)
+
+
+def digest_of(model: Tensors, updates: Sequence[ClientUpdate]) -> str:
+    strategy = FedAvg()
+    state = strategy.init(model)
+    for update in updates:
+        strategy.fold(state, update)
+    digest = hashlib.sha256()
+    for value in strategy.finish(state, model).values():
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def digests_of(model: Tensors, updates: list[ClientUpdate], orders: int) -> set[str]:
+    shuffled, order = list(updates), random.Random(2)
+    digests = set()
+    for _ in range(orders):
+        order.shuffle(shuffled)
+        digests.add(digest_of(model, shuffled))
+    return digests
+
+
+def model_of(dtype: Any, size: int) -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {"w": rng.normal(0, 0.05, size).astype(dtype), "b": np.zeros(min(size, 64), dtype)}
+
+
+@pytest.mark.parametrize("nasty", [tame, with_outliers])
+def test_a_thousand_orders_give_one_model(nasty: Callable[[Array, np.random.Generator], None]) -> None:
+    model = model_of(np.float32, 500)
+    assert len(digests_of(model, updates_of(model, 20, nasty), 1000)) == 1
+
+
+@pytest.mark.parametrize("nasty", [tame, with_outliers])
+def test_orders_of_updates_longer_than_a_block_give_one_model(
+    nasty: Callable[[Array, np.random.Generator], None],
+) -> None:
+    model = model_of(np.float32, BLOCK + 17)
+    assert len(digests_of(model, updates_of(model, 20, nasty), 6)) == 1
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float64, ml_dtypes.bfloat16, np.float16, np.complex64, np.complex128, np.int32, np.uint64, np.bool_]
+)
+def test_the_order_does_not_show_in_any_dtype(dtype: Any) -> None:
+    model = model_of(dtype, 300)
+    assert len(digests_of(model, updates_of(model, 20, with_outliers), 60)) == 1
+
+
+def test_plain_sums_of_these_updates_would_show_their_order() -> None:
+    """So that the tests above can fail."""
+    model = {"w": model_of(np.float64, 300)["w"]}
+    sent = [update for update in updates_of(model, 20, tame) if "w" in update.delta]
+    terms = [update.delta["w"] * (update.num_examples * update.discount) for update in sent]
+    assert sum(terms).tobytes() != sum(terms[::-1]).tobytes()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64])
+def test_the_mean_is_that_of_plain_float64_sums(dtype: Any) -> None:
+    model = {name: value.astype(dtype) for name, value in model_of(np.float32, 2000).items()}
+    zeros = {name: np.zeros_like(value) for name, value in model.items()}
+    updates = updates_of(model, 20, tame)
+    state = FedAvg().init(model)
+    for update in updates:
+        FedAvg().fold(state, update)
+    wide = np.complex128 if np.dtype(dtype).kind == "c" else np.float64
+    new = FedAvg().finish(state, {name: value.astype(wide) for name, value in zeros.items()})
+    for name in model:
+        sent = [update for update in updates if name in update.delta]
+        weights = [update.num_examples * update.discount for update in sent]
+        terms = [update.delta[name].astype(wide) * weight for update, weight in zip(sent, weights, strict=True)]
+        largest = np.abs(terms).max() / sum(weights)
+        np.testing.assert_allclose(new[name], sum(terms) / sum(weights), rtol=0, atol=1e-9 * largest)
+
+
+def test_small_elements_beside_a_large_one_take_their_updates() -> None:
+    model: Tensors = {"w": np.array([1e9, 1e-3], np.float32)}
+    trained = {"w": np.array([1e9, 1.0001e-3], np.float32)}
+    np.testing.assert_array_equal(average(model, [(trained, 1), (trained, 10**6)])["w"], trained["w"])
+
+
+def test_float64_keeps_its_digits() -> None:
+    model: Tensors = {"w": np.array([0.5, -0.1])}
+    trained = {"w": np.array([0.5 + 1e-13 / 3, -0.1 + 1e-6 / 7])}
+    np.testing.assert_array_equal(average(model, [(trained, 1), (trained, 3)])["w"], trained["w"])
+
+
+def test_a_model_of_the_smallest_numbers_can_be_trained() -> None:
+    model: Tensors = {"w": np.array([5e-324, 0.0]), "v": np.array([1e-45], np.float32)}
+    trained = {"w": np.array([5e-324, 0.25]), "v": np.array([0.25], np.float32)}
+    new = average(model, [(trained, 1), (trained, 7)])
+    assert (new["w"].tolist(), new["v"].tolist()) == ([5e-324, 0.25], [0.25])
+
+
+# ---- updates in pieces -----------------------------------------------------------------------------------------------
+
+
+class Pieces(dict[str, Array]):
+    """A delta that hands itself out cut into runs of `sizes`, over and over."""
+
+    def __init__(self, delta: Tensors, sizes: list[int]) -> None:
+        super().__init__(delta)
+        self._sizes = sizes
+
+    def pieces(self) -> Iterator[Piece]:
+        turn = 0
+        for name, value in self.items():
+            start = 0
+            while start < value.size or start == value.size == 0:
+                run = value.reshape(-1)[start : start + self._sizes[turn % len(self._sizes)]]
+                yield name, start, run
+                start, turn = start + max(run.size, 1), turn + 1
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=5))
+def test_an_update_in_pieces_is_the_update(sizes: list[int]) -> None:
+    model = model_of(np.float32, 300) | {"c": np.full(100, 1 + 1j, np.complex64), "empty": np.zeros((0, 2))}
+    updates = updates_of(model, 3, lambda delta, rng: with_outliers(delta, rng) if delta.size else None)
+    cut = [
+        ClientUpdate(
+            client_id=u.client_id, delta=Pieces(u.delta, sizes), num_examples=u.num_examples, discount=u.discount
+        )
+        for u in updates
+    ]
+    assert digest_of(model, cut) == digest_of(model, updates)
+
+
+def test_a_tensor_in_pieces_weighs_once() -> None:
+    model: Tensors = {"w": np.zeros(4, np.float32)}
+    state = FedAvg().init(model)
+    halves, whole = Pieces({"w": np.ones(4, np.float32)}, [1, 3]), {"w": np.full(4, 5, np.float32)}
+    FedAvg().fold(state, ClientUpdate(client_id="a", delta=halves, num_examples=1))
+    FedAvg().fold(state, ClientUpdate(client_id="b", delta=whole, num_examples=1))
+    assert FedAvg().finish(state, model)["w"].tolist() == [3, 3, 3, 3]
+
+
+def test_strided_updates_are_read_as_they_lie() -> None:
+    model: Tensors = {"f": np.zeros((3, 2), np.float32), "c": np.zeros(3, np.complex64)}
+    even = {
+        "f": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "c": (np.arange(6) * (1 - 2j)).astype(np.complex64)[::2],
+    }
+    new = average(model, [(even, 2)])
+    state = FedAvg().init(model)
+    FedAvg().fold(state, ClientUpdate(client_id="a", delta=even, num_examples=2))
+    for result in (new, FedAvg().finish(state, model)):
+        for name in model:
+            np.testing.assert_array_equal(result[name], even[name])
+
+
+def test_the_memory_of_a_round_is_that_of_the_sums_and_a_new_tensor() -> None:
+    """The sum of a tensor goes when its mean is there: the second new tensor fits where the first sum was."""
+    size = 32 * BLOCK
+    model: Tensors = {name: np.ones(size, np.float32) for name in "ab"}
+    update = ClientUpdate(client_id="a", delta=model, num_examples=3)
+    tracemalloc.start()
+    try:
+        state = FedAvg().init(model)
+        FedAvg().fold(state, update)
+        FedAvg().finish(state, model)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 * size * 8 + size * 4 + 10 * BLOCK * 8
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_are_averaged_over_the_clients_that_report_them() -> None:
