@@ -342,6 +342,13 @@ def test_the_memory_of_a_round_is_that_of_the_sums_and_a_new_tensor() -> None:
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_order_of_reports_does_not_show_in_metrics() -> None:
+    reports: list[tuple[int, Metrics]] = [(n, {"loss": n**-0.5, "huge": 1.7e308}) for n in range(1, 40)]
+    shuffled = random.Random(0).sample(reports, len(reports))
+    assert weighted_mean(reports) == weighted_mean(shuffled)
+    assert weighted_mean(reports)["huge"] == 1.7e308
+
+
 def test_metrics_are_averaged_over_the_clients_that_report_them() -> None:
     reports: list[tuple[int, Metrics]] = [
         (10, {"accuracy": 0.5, "note": "x"}),
