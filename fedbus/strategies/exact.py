@@ -115,19 +115,21 @@ class ExactSum:
 
         Each step is exact: subtracting the nearest multiple of a coarser power of two loses no bit.
         """
-        at = np.flatnonzero(~(np.abs(wide) < _REACH))  # nan is large as well
+        at: Any = np.flatnonzero(~(np.abs(wide) < _REACH))  # nan is large as well
+        if at.size > wide.size // 8:
+            at = slice(None)  # the same for all of them is faster than picking so many
         product = part[at].astype(np.float64) * weight
         is_finite = np.isfinite(product)
         if not is_finite.all():
-            self._spoil(start + at[~is_finite])
+            self._spoil(slice(start, start + wide.size), at, ~is_finite)
             product[~is_finite] = 0
         product *= 2.0**-_HEADROOM_BITS
         for level in range(self._level_of(_peak(product)), self._main, -1):
             unit = self._headroom_unit(level)
             count = np.rint(product / unit)
-            product -= count * unit
-            is_there = count != 0
-            self._level(level)[start + at[is_there]] += count[is_there].astype(np.int64)
+            if count.any():
+                product -= count * unit
+                self._level(level)[start : start + wide.size][at] += count.astype(np.int64)
         wide[at] = product / self._headroom_unit(self._main)
 
     def _level_of(self, peak: float) -> int:
@@ -147,10 +149,10 @@ class ExactSum:
             self._levels[missing] = np.zeros(self.size, np.int64)
         return self._levels[level]
 
-    def _spoil(self, at: NDArray[np.intp]) -> None:
+    def _spoil(self, block: slice, at: Any, is_spoiled: NDArray[np.bool_]) -> None:
         if self._spoiled is None:
             self._spoiled = np.zeros(self.size, np.bool_)
-        self._spoiled[at] = True
+        self._spoiled[block][at] |= is_spoiled
 
     # ---- carrying ------------------------------------------------------------------------------------------------
 

@@ -85,6 +85,14 @@ def test_float32_is_summed_as_its_float64_is(terms: list[Term], exponent: int) -
     assert narrow.tobytes() == total_of(terms, exponent, is_fine=False).tobytes()
 
 
+@given(terms_of(st.one_of(finite, ordinary, st.just(math.inf))), exponents, st.booleans())
+def test_a_few_large_terms_are_taken_as_many_are(terms: list[Term], exponent: int, is_fine: bool) -> None:
+    among = [([0.0] * 30 + values, weight) for values, weight in terms]
+    total = total_of(among, exponent, is_fine=is_fine, size=33)
+    assert total[30:].tobytes() == total_of(terms, exponent, is_fine=is_fine).tobytes()
+    assert not total[:30].any()
+
+
 @pytest.mark.parametrize("is_fine", [False, True])
 def test_a_large_term_in_the_middle_is_no_other_than_one_at_the_start(is_fine: bool) -> None:
     small: list[Term] = [([0.1 * k, -0.3, 1e-9], 7.0) for k in range(20)]
