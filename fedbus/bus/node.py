@@ -157,6 +157,19 @@ class PrivateNode:
         """
         self._state = self._running_keeper().ask_state("start")
 
+    def rabbitmqctl(self, *args: str) -> str:
+        """What `rabbitmqctl ARGS` prints about this node. Blocks for a second or two.
+
+        Raises:
+            NodeError: the command fails.
+        """
+        settings = self._running_keeper().settings
+        command = [os.fspath(settings.programs.script.with_name("rabbitmqctl")), "-q", "-n", _NODENAME, *args]
+        done = subprocess.run(command, env=_environment(settings), capture_output=True, text=True)
+        if done.returncode != 0:
+            raise NodeError(f"rabbitmqctl {args[0]} failed: {' '.join((done.stderr or done.stdout).split())[:300]}")
+        return done.stdout
+
     def _running_keeper(self) -> _KeeperProcess:
         if self._keeper is None:
             raise NodeError("the private node does not run: enter it with `with` or `async with` first")
@@ -315,6 +328,11 @@ class _KeeperProcess:
             pass_fds=(lock,),
         )
         self._settings: _Settings | None = None
+
+    @property
+    def settings(self) -> _Settings:
+        assert self._settings is not None, "started with them"
+        return self._settings
 
     def start(self, settings: _Settings, *, throwaway: bool = False, state_file: Path | None = None) -> NodeState:
         self._settings = settings
