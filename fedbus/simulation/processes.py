@@ -72,6 +72,11 @@ class ClientProcesses:
         async with self._changed:
             await self._changed.wait_for(lambda: not self._pids or self._is_ended)
 
+    async def any_exited(self) -> None:
+        """Wait until a client has ended, or the process that starts them."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._exit_codes or self._is_ended)
+
     async def _tell(self, **command: Any) -> None:
         assert self._process.stdin is not None
         try:
