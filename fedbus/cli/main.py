@@ -12,6 +12,7 @@ import typer
 
 from fedbus.api import join, serve
 from fedbus.app import App, check_exists, load_app
+from fedbus.cli.bench import bench_app
 from fedbus.cli.broker import broker_app
 from fedbus.cli.demo import demo
 from fedbus.cli.options import (
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(broker_app)
+app.add_typer(bench_app)
 app.command()(demo)
 
 

@@ -1,0 +1,68 @@
+"""`fedbus bench`: how fast it is on this machine, and how far from what the broker allows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedbus.bench.measure import RoundBench, Spread, bench_round
+from fedbus.cli.options import Broker, Debug, Json, RunDir, run_async
+
+bench_app = typer.Typer(name="bench", help="Measure fedbus on this machine.", no_args_is_help=True)
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure fedbus on this machine."""
+
+
+@bench_app.command(name="round")
+def round_(
+    clients: Annotated[int, typer.Option("--clients", min=1, max=1000, help="Client processes to start.")] = 4,
+    model_mib: Annotated[float, typer.Option("--model-mib", help="Size of the model; 0.25 is fine, too.")] = 1.0,
+    rounds: Annotated[int, typer.Option("--rounds", min=3, help="Rounds to measure; the first is a warm-up.")] = 10,
+    broker: Broker = None,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time rounds of a federation whose clients do nothing, and the same bytes moved by bare aiormq.
+
+    On a private RabbitMQ, or on --broker URL, where memory and octets of the broker stay unknown.
+    """
+    found = run_async(bench_round(clients=clients, model_mib=model_mib, rounds=rounds, broker=broker, run_dir=run_dir))
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        _show(found)
+
+
+def _show(found: RoundBench) -> None:
+    processes = "1 client process" if found.clients == 1 else f"{found.clients} client processes"
+    typer.echo(f"{processes}, a model of {found.model_mib:g} MiB, {found.rounds} rounds, {found.loop} loops")
+    table = Table.grid(padding=(0, 2))
+    table.add_row("round", _seconds(found.round_s))
+    table.add_row("floor", _seconds(found.floor_round_s))
+    table.add_row("ratio of the p50s", f"{found.ratio:.2f}")
+    table.add_row("peak memory of the server", _mib(found.server_rss_mib))
+    table.add_row("peak memory of the largest client", _mib(found.client_rss_mib))
+    table.add_row("peak memory of the broker", _mib(found.broker_rss_mib))
+    table.add_row("server sends, per round", _mib(found.server_egress_mib_per_round))
+    table.add_row("server receives, per round", _mib(found.server_ingress_mib_per_round))
+    Console(highlight=False).print(table)
+    typer.echo("floor: bare aiormq moves the same bytes through the same kinds of queues, and nothing else is done")
+
+
+def _seconds(spread: Spread) -> str:
+    return f"p50 {_duration(spread.p50)}, p95 {_duration(spread.p95)}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _mib(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f} MiB"
