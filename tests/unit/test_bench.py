@@ -15,7 +15,7 @@ from fedbus.bench.floor import PART_BYTES, Job
 from fedbus.bench.measure import Spread, bench_round, peak_rss_mib, spread
 from fedbus.errors import ConfigError
 from fedbus.training.base import ClientContext
-from fedbus.wire.arrays import pack
+from fedbus.wire.transfer import Outgoing
 
 
 def test_percentiles_lie_between_the_two_nearest_values() -> None:
@@ -29,7 +29,7 @@ def test_the_model_is_as_large_as_asked_in_memory_and_on_the_wire(mib: float) ->
     asked = max(4, 4 * round(mib * (1 << 18)))
     assert {value.dtype for value in model.values()} == {np.dtype(np.float32)}
     assert sum(value.nbytes for value in model.values()) == asked
-    assert pack(model)[1].nbytes == asked
+    assert Outgoing(model).nbytes == asked
 
 
 def test_the_model_is_the_same_in_every_process_and_has_large_and_small_tensors() -> None:
