@@ -77,7 +77,9 @@ _GOODBYE_S = 3600.0
 _REDELIVERY_PAUSE_S = 0.2
 """The broker has given again what it had once nothing has come for so long."""
 _REDELIVERY_MOST_S = 30.0
-_HISTORY_EVERY_S = 2.0
+_TIDY_EVERY_S = 2.0
+_SMALL_BYTES = 4 << 20
+"""Models up to here are folded and checked on the event loop, in a few milliseconds."""
 _NOTES_EVERY_S = 0.2
 
 
@@ -156,7 +158,7 @@ class Server:
             settings=_settings(app),
         )
         self._last_commit: LastCommit | None = None
-        self._history_saved_at = -math.inf
+        self._tidied_at = -math.inf
         self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
         self._events = _Events()
         self._replies: asyncio.Queue[tuple[str, m.InboxMessage]] = asyncio.Queue()  # to upload requests
@@ -172,6 +174,7 @@ class Server:
         self._members_changed = asyncio.Event()
         self._started_at = time.monotonic()
         self._model: dict[str, Array] | None = None
+        self._model_bytes = 0
         self._version = 0
         self._offsets: dict[int, int] = {}  # version -> offset of its head, for the last two versions
         self._fold_state: Any = None
@@ -289,7 +292,8 @@ class Server:
             self._started_at = time.monotonic()
         self._publisher = ModelPublisher(self._bus, run_id=self._run_id, epoch=self._epoch)
         if self._history.finished:
-            await self._save_history()
+            assert self._folder is not None
+            await asyncio.to_thread(self._folder.save_history, self._history)
             return None
         self._history.settings, self._history.reason = _settings(self._app), ""
         self._tell_start()
@@ -672,6 +676,13 @@ class Server:
         finally:
             self._outbound.task_done()
 
+    async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call into the strategy, in a thread where it may take long: a thread costs more than a small model's sums."""
+        is_ours = type(self._app.strategy).__module__.startswith("fedbus.")
+        if is_ours and self._model_bytes <= _SMALL_BYTES:
+            return _call_strategy(function, *args)
+        return await asyncio.to_thread(_call_strategy, function, *args)
+
     # ---- the aggregator ------------------------------------------------------------------------------------------
 
     async def _aggregate(self) -> None:
@@ -692,7 +703,7 @@ class Server:
         assert self._model is not None
         assert staged.tensors is not None
         if self._fold_state is None:
-            self._fold_state = await _off_loop(strategy.init, self._model)
+            self._fold_state = await self._aside(strategy.init, self._model)
         update = ClientUpdate(
             client_id=staged.client_id,
             delta=staged.tensors,
@@ -701,7 +712,7 @@ class Server:
             discount=command.discount,
             metrics=staged.metrics,
         )
-        await _off_loop(strategy.fold, self._fold_state, update)
+        await self._aside(strategy.fold, self._fold_state, update)
         staged.tensors = None
         assert self._intake is not None
         self._intake.slots.pump()
@@ -725,6 +736,7 @@ class Server:
         """Make `model` version 0 and publish it."""
         self._model = _frozen({name: value.copy() for name, value in model.items()})
         assert self._intake is not None
+        self._model_bytes = sum(value.nbytes for value in self._model.values())
         self._intake.expect(self._model)
         publishing = await self._publish(self._make_initial_durable())
         self._events.put(e.ModelReady())
@@ -733,16 +745,23 @@ class Server:
         await self._evaluate_centrally(0)
 
     async def _make_initial_durable(self) -> None:
-        await self._save_checkpoint()
+        await asyncio.to_thread(self._persist_model, lambda: self._ledger.commit_model(self._version))
+        await self._tidy()
+
+    def _persist_model(self, commit: Callable[[], None]) -> None:
+        """Checkpoint, then ledger: only what is there may be named. In a thread: it waits for the disk."""
         with _disk():
-            await asyncio.to_thread(self._ledger.commit_model, self._version)
-        await self._settle_checkpoint()
+            if self._folder is not None:
+                assert self._model is not None
+                self._folder.save_checkpoint(self._model, run_id=self._run_id, version=self._version)
+            commit()
 
     async def _go_on(self, intake: UpdateIntake, model: dict[str, Array]) -> None:
         """Go on from the last commit: what the broker gives again is taken in before tasks are repeated."""
         self._model = _frozen(model)
+        self._model_bytes = sum(value.nbytes for value in self._model.values())
         intake.expect(self._model)
-        await self._settle_checkpoint()
+        await self._tidy()
         publishing = await self._publish(asyncio.sleep(0))
         rounds = self._history.rounds
         last = rounds[-1].round if rounds else 0
@@ -759,7 +778,7 @@ class Server:
         assert self._model is not None
         if command.folded:
             state, self._fold_state = self._fold_state, None
-            model = await _off_loop(self._app.strategy.finish, state, self._model)
+            model = await self._aside(self._app.strategy.finish, state, self._model)
             del state
             _check_same_kind(self._model, model)
             await self._keep_if_finite(command, model)
@@ -793,31 +812,32 @@ class Server:
             self._let_go_of_memory()
             await self._publisher.find_end()  # while the clients fetch it
             await self._evaluate_centrally(command.round)
-        await self._save_history(at_once=False)
+        if time.monotonic() - self._tidied_at > _TIDY_EVERY_S:
+            await self._tidy()
 
     async def _make_durable(self, record: RoundRecord, folded: list[tuple[str, FoldedUpdate]]) -> None:
         """Checkpoint, then ledger: from then on the round is committed."""
-        is_new_model = record.version != (self._history.rounds[-1].version if self._history.rounds else 0)
-        if is_new_model:
-            await self._save_checkpoint()
         record.seconds = round(self._seconds() - record.opened_s, 6)
         rows = [(task_id, update.client_id, update.staleness) for task_id, update in folded]
-        with _disk():
-            await asyncio.to_thread(
-                self._ledger.commit_round,
-                record,
-                rows,
-                seconds=self._seconds(),
-                max_staleness=self._app.rounds.max_staleness,
-            )
+
+        def commit() -> None:
+            max_staleness = self._app.rounds.max_staleness
+            self._ledger.commit_round(record, rows, seconds=self._seconds(), max_staleness=max_staleness)
+
+        if record.version == (self._history.rounds[-1].version if self._history.rounds else 0):
+            with _disk():
+                await asyncio.to_thread(commit)
+        else:
+            await asyncio.to_thread(self._persist_model, commit)
         self._history.rounds.append(record)
-        if is_new_model:
-            await self._settle_checkpoint()
 
     async def _keep_if_finite(self, command: c.Commit, model: dict[str, Array]) -> None:
         """Finite updates can add up to more than the dtype holds: then the model stays, and the round is empty."""
         try:
-            await asyncio.to_thread(check_finite, model)
+            if self._model_bytes <= _SMALL_BYTES:
+                check_finite(model)
+            else:
+                await asyncio.to_thread(check_finite, model)
         except UpdateRefused as exc:
             self._tell(o.AggregateDiscarded(round=command.round, reason=str(exc)))
             self._folded = []
@@ -865,25 +885,19 @@ class Server:
         if self._folder is not None:
             self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
 
-    async def _save_checkpoint(self) -> None:
-        if self._folder is not None:
-            assert self._model is not None
-            with _disk():
-                await asyncio.to_thread(
-                    self._folder.save_checkpoint, self._model, run_id=self._run_id, version=self._version
-                )
+    async def _tidy(self) -> None:
+        """What may lag behind the ledger: history.json, model.safetensors, and the end of older checkpoints."""
+        self._tidied_at = time.monotonic()
+        if self._folder is None:
+            return
 
-    async def _settle_checkpoint(self) -> None:
-        if self._folder is not None:
+        def tidy(folder: RunFolder) -> None:
             with _disk():
-                await asyncio.to_thread(self._folder.settle_checkpoint, self._version)
+                folder.save_history(self._history)
+                if self._model is not None:
+                    folder.settle_checkpoint(self._version)
 
-    async def _save_history(self, *, at_once: bool = True) -> None:
-        now = time.monotonic()
-        if self._folder is not None and (at_once or now - self._history_saved_at > _HISTORY_EVERY_S):
-            self._history_saved_at = now
-            with _disk():
-                await asyncio.to_thread(self._folder.save_history, self._history)
+        await asyncio.to_thread(tidy, self._folder)
 
     def _record(self, command: c.Commit, folded: list[FoldedUpdate]) -> RoundRecord:
         refused, self._refused = self._refused, {}
@@ -1034,7 +1048,7 @@ class Server:
         self._history.seconds = round(self._seconds(), 3)
         if self._ledger.holds_a_run:
             await asyncio.to_thread(self._ledger.save_end, self._history)
-            await self._save_history()
+            await self._tidy()
 
 
 def _settings(app: App) -> dict[str, Any]:
@@ -1057,10 +1071,10 @@ def _frozen(model: dict[str, Array]) -> dict[str, Array]:
     return model
 
 
-async def _off_loop(function: Callable[..., Any], *args: Any) -> Any:
-    """Call into the strategy, off the event loop. Raises `RunFailed` when it raises: no round can be trusted then."""
+def _call_strategy(function: Callable[..., Any], *args: Any) -> Any:
+    """Call into the strategy. Raises `RunFailed` when it raises: no round can be trusted then."""
     try:
-        return await asyncio.to_thread(function, *args)
+        return function(*args)
     except Exception as exc:
         owner = type(getattr(function, "__self__", None)).__name__
         raise RunFailed(f"{owner}.{function.__name__} raised {_describe(exc)}") from exc
