@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
-from fedbus.bus.base import Bus, Consumer
+from fedbus.bus.base import Bus, Consumer, Delivery
 from fedbus.bus.topology import MODEL
 from fedbus.errors import BrokerError, DecodeError, QueueMissing
 from fedbus.types import Array
@@ -48,9 +49,11 @@ class ModelReader:
         self._key: tuple[str, int] | None = None
         self._model: dict[str, Array] = {}
         self._place: Place | None = None
-        self._moved = asyncio.Event()
+        self._has_moved = False
+        self._fetching: asyncio.Task[dict[str, Array]] | None = None
         self._subscription = contextlib.AsyncExitStack()
         self._consumer: Consumer | None = None
+        self._unacknowledged: list[Delivery] = []
         self._offset = 0  # of the next message of the subscription
         self._passed: Place | None = None  # the version that it gave last
 
@@ -72,29 +75,24 @@ class ModelReader:
         """The model that is being read has been published anew, by the next server, for the last one died half-way."""
         if self._place is not None and self._place.key == place.key and self._place.epoch < place.epoch:
             self._place = place
-            self._moved.set()
+            self._has_moved = self._fetching is not None and self._fetching.cancel()
 
     async def close(self) -> None:
         """End the subscription."""
         self._consumer = None
+        self._unacknowledged = []
         await self._subscription.aclose()
 
     async def _fetch_somewhere(self) -> dict[str, Array]:
         while True:
             assert self._place is not None
-            self._moved.clear()
-            fetching = asyncio.ensure_future(self._fetch(self._place))
-            moving = asyncio.ensure_future(self._moved.wait())
+            self._has_moved = False
+            self._fetching = asyncio.ensure_future(self._fetch(self._place))
             try:
-                await asyncio.wait({fetching, moving}, return_when=asyncio.FIRST_COMPLETED)
-                if fetching.done():
-                    return fetching.result()
-            finally:
-                moving.cancel()
-                if not fetching.done():
-                    fetching.cancel()
-                    await asyncio.wait([fetching])
-            await self.close()
+                return await self._fetching
+            except asyncio.CancelledError:
+                if not self._has_moved:
+                    raise
 
     async def _fetch(self, place: Place) -> dict[str, Array]:
         try:
@@ -130,6 +128,14 @@ class ModelReader:
             if message.version > place.version:  # RabbitMQ clamps an offset that retention has dropped, silently
                 raise QueueMissing(f"model {place.version} is no longer in the stream")
 
+    async def _make_room(self, delivery: Delivery) -> None:
+        """Acknowledge half of what may be on its way at a time: each word to the broker costs both sides."""
+        assert self._consumer is not None
+        self._unacknowledged.append(dataclasses.replace(delivery, body=b""))
+        if len(self._unacknowledged) >= _PREFETCH // 2:
+            unacknowledged, self._unacknowledged = self._unacknowledged, []
+            await self._consumer.ack(*unacknowledged)
+
     def _lies_ahead(self, place: Place) -> bool:
         passed = self._passed
         return (
@@ -146,7 +152,7 @@ class ModelReader:
             async with asyncio.timeout(_SILENCE_S):
                 while True:
                     delivery = await self._consumer.receive()
-                    await self._consumer.ack(delivery)
+                    await self._make_room(delivery)
                     assert delivery.offset is not None
                     if delivery.offset >= place.offset:  # a chunk may begin before
                         self._offset = delivery.offset + 1

@@ -240,6 +240,8 @@ class ClientRuntime:
 
     def _take_task(self, task: m.Task, delivery: Delivery) -> None:
         """Queue it, or, when it is a copy of one that is here, let it bring its newer delivery and place."""
+        if isinstance(task, m.FitTask) and task.receipt_task_id and task.run_id == self._run_id:
+            self._take_receipt(task.receipt_task_id, task.receipt_round, task.receipt_staleness)
         for known in (self._current, *self._pending):
             if known is not None and known.task.task_id == task.task_id:
                 known.merge(task, delivery)
@@ -263,11 +265,7 @@ class ClientRuntime:
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
             case m.Receipt() if message.run_id == self._run_id:
-                if self._outbox.get(message.task_id) is not None or message.task_id not in self._ended_tasks:
-                    self._tell(
-                        o.ReceiptArrived(client_id=self._client_id, round=message.round, staleness=message.staleness)
-                    )
-                self._settled(message.task_id)
+                self._take_receipt(message.task_id, message.round, message.staleness)
             case m.Refusal():
                 self._settled(message.task_id)
                 self._tell(o.RefusalArrived(client_id=self._client_id, reason=message.reason))
@@ -313,6 +311,11 @@ class ClientRuntime:
         pending = min(self._pending, key=_urgency)
         self._pending.remove(pending)
         return pending
+
+    def _take_receipt(self, task_id: str, round: int, staleness: int) -> None:
+        if self._outbox.get(task_id) is not None or task_id not in self._ended_tasks:  # else it came again
+            self._tell(o.ReceiptArrived(client_id=self._client_id, round=round, staleness=staleness))
+        self._settled(task_id)
 
     def _settled(self, task_id: str) -> None:
         self._outbox.settle(task_id)

@@ -181,6 +181,7 @@ class Server:
         self._folded: list[tuple[str, FoldedUpdate]] = []  # with their task ids
         self._evaluate_reports: dict[str, m.EvaluateReport] = {}
         self._refused: dict[str, str] = {}
+        self._receipted: set[int] = set()  # updates whose receipt goes with their client's next task
         self._last_failure = ""
         self._intake: UpdateIntake | None = None
         self._engine: Engine | None = None
@@ -495,17 +496,20 @@ class Server:
         tasks = [command for command in commands if isinstance(command, c.SendFitTask)]
         if tasks:  # before it is sent: its update must be known for what it is, whoever serves the run then
             self._ledger.note_tasks((task.task_id, task.client_id, task.round, task.version) for task in tasks)
+        committed = [command for command in commands if isinstance(command, c.Settle) and _is_committed(command)]
+        with_task = {command.client_id: command for command in committed} if tasks else {}
         later: list[c.Command] = []
         for command in commands:
-            if isinstance(command, c.Settle | c.EndRun):
+            if isinstance(command, c.SendFitTask):
+                await self._send_fit_task(command, with_task.pop(command.client_id, None))
+            elif isinstance(command, c.Settle | c.EndRun):
                 later.append(command)
             else:
                 await self._carry_out(command)
-        committed = [command for command in later if isinstance(command, c.Settle) and _is_committed(command)]
         if committed:
             await self._settle_committed(committed)
         for command in later:
-            if command not in committed:
+            if not (isinstance(command, c.Settle) and _is_committed(command)):
                 await self._carry_out(command)
 
     async def _next_event(self, deadline: float | None) -> e.Event | None:
@@ -532,7 +536,7 @@ class Server:
                 task = m.ParametersTask(task_id=command.task_id, run_id=self._run_id, epoch=self._epoch)
                 await self._outbound.put((command.client_id, task, self._app.rounds.timeout_s))
             case c.SendFitTask():
-                await self._outbound.put((command.client_id, self._fit_task(command), command.timeout_s))
+                await self._send_fit_task(command, None)
             case c.SendEvaluateTask():
                 await self._outbound.put((command.client_id, self._evaluate_task(command), command.timeout_s))
             case c.Fold():
@@ -550,7 +554,12 @@ class Server:
             case _:
                 self._note(command)
 
-    def _fit_task(self, command: c.SendFitTask) -> m.FitTask:
+    async def _send_fit_task(self, command: c.SendFitTask, receipt: c.Settle | None) -> None:
+        await self._outbound.put((command.client_id, self._fit_task(command, receipt), command.timeout_s))
+        if receipt is not None:
+            self._receipted.add(receipt.delivery)
+
+    def _fit_task(self, command: c.SendFitTask, receipt: c.Settle | None) -> m.FitTask:
         return m.FitTask(
             task_id=command.task_id,
             run_id=self._run_id,
@@ -561,6 +570,9 @@ class Server:
             timeout_s=command.timeout_s,
             eager_bytes=eager_share(len(self._engine.members) if self._engine else 1),
             config=self._app.fit_config_of(command.round),
+            receipt_task_id=receipt.task_id if receipt else "",
+            receipt_round=receipt.round if receipt else 0,
+            receipt_staleness=receipt.staleness if receipt else 0,
         )
 
     def _evaluate_task(self, command: c.SendEvaluateTask) -> m.EvaluateTask:
@@ -639,7 +651,9 @@ class Server:
         assert self._intake is not None
         await self._intake.settle_all([command.delivery for command in commands])
         for command in commands:
-            await self._send_receipt(command)
+            if command.delivery not in self._receipted:
+                await self._send_receipt(command)
+        self._receipted.clear()
 
     async def _send_receipt(self, command: c.Settle) -> None:
         receipt = m.Receipt(

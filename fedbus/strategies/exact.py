@@ -9,6 +9,7 @@ grid found on the way takes two or more.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 
 from fedbus.types import Array
 
-BLOCK: Final = 1 << 17
+BLOCK: Final = 1 << 16
 """Elements added at a time: the block, widened to float64, stays in the cache."""
+_SCRATCH = threading.local()
+"""The widened block's memory, one for each thread: fresh pages for every block would cost more than the sums."""
 
 _DIGIT_BITS: Final = 50
 """Each level counts units of 2**50 times those of the level below it."""
@@ -71,7 +74,7 @@ class ExactSum:
         assert start == self._filled, "the elements of a round come in order"
         assert start + values.size <= self.size
         self._filled += values.size
-        scratch = np.empty((self._dense, min(BLOCK, values.size)))
+        scratch = _scratch(self._dense)
         with np.errstate(over="ignore", invalid="ignore"):
             for block in blocks(values.size):
                 self._add_block(start + block.start, values[block], weight, scratch[:, : block.stop - block.start])
@@ -80,7 +83,7 @@ class ExactSum:
         """The sum, block by block: the float64 nearest to it, or within some units in the last place for sums whose
         bits span more than two levels; a function of the exact sum alone."""
         assert self._filled == self.size, "the last round is not complete"
-        for block in blocks(self.size):
+        for block in blocks(self.size, BLOCK // 4):  # it takes several blocks' worth of memory to put one together
             yield block, self._total(block)
 
     # ---- adding --------------------------------------------------------------------------------------------------
@@ -207,9 +210,17 @@ class ExactSum:
         return total
 
 
-def blocks(size: int) -> Iterator[slice]:
-    """Cut `size` elements into slices of at most BLOCK."""
-    return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
+def _scratch(levels: int) -> NDArray[np.float64]:
+    """So many rows of a block, of no particular content; the next call in this thread gives the same memory."""
+    scratch: NDArray[np.float64] | None = getattr(_SCRATCH, "rows", None)
+    if scratch is None or scratch.shape[0] < levels:
+        scratch = _SCRATCH.rows = np.empty((levels, BLOCK))
+    return scratch[:levels]
+
+
+def blocks(size: int, most: int = BLOCK) -> Iterator[slice]:
+    """Cut `size` elements into slices of at most `most`."""
+    return (slice(start, min(start + most, size)) for start in range(0, size, most))
 
 
 def smallest_units(value: float) -> int:

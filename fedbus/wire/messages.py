@@ -183,7 +183,8 @@ class FitTask:
     """Train model `version`, whose head lies at `offset` in the model stream or behind; of use for `timeout_s` seconds.
 
     An update of more than `eager_bytes` payload bytes is announced by an `UploadRequest` first. The same task again
-    asks for its answer again.
+    asks for its answer again. `receipt_task_id`, when it is not empty, names an update that is committed in
+    `receipt_round`, `receipt_staleness` versions late: what a `Receipt` says, without a message of its own.
     """
 
     task_id: Text
@@ -195,6 +196,9 @@ class FitTask:
     timeout_s: float
     eager_bytes: Count
     config: Scalars
+    receipt_task_id: Text
+    receipt_round: Count
+    receipt_staleness: Count
 
 
 @dataclass(frozen=True, kw_only=True)

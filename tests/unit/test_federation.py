@@ -678,6 +678,9 @@ async def test_words_of_an_earlier_run_in_the_inbox_mean_nothing() -> None:
             timeout_s=1.0,
             eager_bytes=0,
             config={},
+            receipt_task_id="",
+            receipt_round=0,
+            receipt_staleness=0,
         )
         for message in (
             m.Welcome(run_id="old", session="another process", epoch=1, heartbeat_s=1, lease_s=2),
