@@ -40,6 +40,9 @@ from fedbus.errors import (
 _HEARTBEAT_S: Final = 10  # a connection that swallows everything is given up after 33 to 38 s
 _CONNECT_TIMEOUT_S: Final = 15.0
 _PERSISTENT: Final = 2
+# In a cluster: the queue is there, and another node (or this one, later) will serve it. RabbitMQ says so with the codes
+# of a queue that is missing or has other settings.
+_OF_THIS_NODE: Final = ("is down or inaccessible", "replica on the local node")
 _NEXT_URL: Final = re.compile(r"\s*,\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 _EXAMPLE: Final = "amqp://user:password@host:5672/vhost"
 
@@ -81,14 +84,17 @@ def _mapped(doing: str) -> Iterator[None]:
     """The one map from aiormq's exceptions to ours."""
     try:
         yield
-    except amqp.ChannelNotFoundEntity as exc:
-        raise QueueMissing(f"{doing}: {_reason(exc)}") from exc
+    except (amqp.ChannelNotFoundEntity, amqp.ChannelPreconditionFailed) as exc:
+        reason = _reason(exc)
+        if any(words in reason for words in _OF_THIS_NODE):
+            raise BrokerClosed(f"{doing}: this node of the broker cannot do it now: {reason}") from exc
+        raise (QueueMissing if isinstance(exc, amqp.ChannelNotFoundEntity) else QueueMismatch)(
+            f"{doing}: {reason}"
+        ) from exc
     except (amqp.ChannelLockedResource, amqp.ChannelAccessRefused) as exc:
         if "exclusive" in _reason(exc):
             raise QueueBusy(f"{doing}: another consumer holds it exclusively") from exc
         raise BrokerDenied(f"{doing}: the broker says no: {_reason(exc)}") from exc
-    except amqp.ChannelPreconditionFailed as exc:
-        raise QueueMismatch(f"{doing}: {_reason(exc)}") from exc
     except amqp.PublishError as exc:
         raise Unroutable(f"{doing}: no queue takes it") from exc
     except amqp.DeliveryError as exc:
@@ -108,6 +114,13 @@ def _mapped(doing: str) -> Iterator[None]:
 def _reason(exc: BaseException) -> str:
     text = str(exc.args[-1]) if exc.args else ""
     return " ".join(text.split()) or type(exc).__name__
+
+
+def _reason_of_end(closing: asyncio.Future[Any]) -> str:
+    exc = None if closing.cancelled() else closing.exception()
+    if exc is None or isinstance(exc, asyncio.CancelledError):  # that is how aiormq ends a silent connection
+        return "its heartbeats stayed out"
+    return _reason(exc)
 
 
 async def connect(urls: str, *, name: str = "fedbus") -> RabbitMQBus:
@@ -319,9 +332,9 @@ class RabbitMQBus(Bus):
 
     async def closed(self) -> None:
         ends = {self._consuming.closing, self._publishing.closing}
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not self._is_closing:
-            raise BrokerClosed("the connection to the broker ended")
+            raise BrokerClosed(f"the connection to the broker ended: {_reason_of_end(ended.pop())}")
 
     async def close(self) -> None:
         self._is_closing = True
