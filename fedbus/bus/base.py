@@ -128,8 +128,9 @@ class Bus(ABC):
     ) -> AbstractAsyncContextManager[Consumer]:
         """Subscribe to `queue` for the time of the context; what is not settled by its end goes back.
 
-        `prefetch` bounds the unsettled deliveries (0: no bound; a stream needs one); `offset` is where to begin in a
-        stream. Raises `QueueMissing`, or `QueueBusy` when somebody consumes it exclusively.
+        `prefetch` bounds the unsettled deliveries (0: by no more than RabbitMQ can count, 65535; a stream needs one);
+        `offset` is where to begin in a stream. Raises `QueueMissing`, or `QueueBusy` when somebody consumes it
+        exclusively.
         """
 
     @abstractmethod

@@ -40,6 +40,7 @@ from fedbus.errors import (
 _HEARTBEAT_S: Final = 10  # a connection that swallows everything is given up after 33 to 38 s
 _CONNECT_TIMEOUT_S: Final = 15.0
 _PERSISTENT: Final = 2
+_MOST_UNSETTLED: Final = 65_535  # a quorum queue takes AMQP's "no bound" (0) for 2000, and falls silent behind them
 # In a cluster: the queue is there, and another node (or this one, later) will serve it. RabbitMQ says so with the codes
 # of a queue that is missing or has other settings.
 _OF_THIS_NODE: Final = ("is down or inaccessible", "replica on the local node")
@@ -314,7 +315,7 @@ class RabbitMQBus(Bus):
         try:
             consumer = _RabbitMQConsumer(channel, queue)
             with _mapped(f"consuming {queue}"):
-                await channel.basic_qos(prefetch_count=prefetch)
+                await channel.basic_qos(prefetch_count=prefetch or _MOST_UNSETTLED)
                 await channel.basic_consume(queue, consumer.on_message, arguments=arguments, exclusive=exclusive)
             yield consumer
         finally:

@@ -136,6 +136,17 @@ async def test_prefetch_bounds_what_is_unsettled(bus: Bus, queue: str) -> None:
         assert await nothing_comes(consumer)
 
 
+async def test_without_a_prefetch_a_quorum_queue_delivers_more_than_it_would_by_itself(
+    bus: Bus, name: Iterator[str]
+) -> None:
+    queue = next(name)
+    await declare(bus, queue, kind="quorum")
+    await asyncio.gather(*(bus.publish(queue, "", b"x") for _ in range(2100)))
+    async with bus.consume(queue, prefetch=0) as consumer:
+        await consumer.ack(*await take(consumer, 2100))
+    await bus.delete_queue(queue)
+
+
 async def test_what_is_not_settled_goes_back_in_its_old_place(open_bus: Connect, queue: str) -> None:
     bus = await open_bus()
     for i in range(4):
