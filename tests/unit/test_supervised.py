@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -242,12 +242,13 @@ async def test_a_refusal_passes_while_a_node_boots_but_is_final_when_it_is_all_w
             raise answers.pop()
         return broker.connect()
 
-    async with over(reconnect, broker.connect(), denied_patience_s=0.01) as bus:
+    # Of any two refusals without another error between them the second is final.
+    async with over(reconnect, broker.connect(), denied_patience_s=1e-9) as bus:
         await bus.declare(topology())
         broker.drop_connections()
         await bus.publish(Q, "", b"x")
         assert not answers
-        answers += [BrokerDenied("wrong password")] * 1000
+        answers += [BrokerDenied("wrong password")] * 2
         broker.drop_connections()
         for operation in (bus.publish(Q, "", b"x"), bus.closed(), bus.declare(topology())):
             with pytest.raises(BrokerDenied, match="wrong password"):
@@ -264,7 +265,10 @@ async def test_an_outage_may_be_declared_final() -> None:
             await bus.publish(Q, "", b"x")
 
 
-async def test_a_connection_that_ends_at_once_is_followed_by_longer_and_longer_pauses() -> None:
+@pytest.mark.parametrize(("longest_pause_s", "expected"), [(10.0, [0, 1, 2, 3, 4]), (-1.0, [0, 0, 0, 0, 0])])
+async def test_only_a_connection_that_lived_for_a_while_starts_the_pauses_anew(
+    longest_pause_s: float, expected: list[int]
+) -> None:
     broker = MemoryBroker()
     attempts: list[int] = []
 
@@ -273,17 +277,18 @@ async def test_a_connection_that_ends_at_once_is_followed_by_longer_and_longer_p
             attempts.append(attempt)
             return 0.0
 
-    async def reconnect() -> Bus:
-        bus = broker.connect()
-        if len(attempts) < 5:
-            asyncio.get_running_loop().call_soon(bus.drop)
-        return bus
+    def flap(state: LinkState) -> None:
+        if state.kind == "restored" and len(attempts) < 5:
+            asyncio.get_running_loop().call_soon(broker.drop_connections)
 
-    async with Counting(broker.connect(), reconnect) as bus:
+    async def reconnect() -> Bus:
+        return broker.connect()
+
+    async with Counting(broker.connect(), reconnect, on_state=flap, longest_pause_s=longest_pause_s) as bus:
         broker.drop_connections()
         await until(lambda: len(attempts) == 5)
         await bus.declare(topology())
-    assert attempts == list(range(5))
+    assert attempts == expected
 
 
 def test_the_pauses_are_full_jitter() -> None:
@@ -493,6 +498,79 @@ async def test_a_queue_that_is_deleted_ends_its_consumer_for_good() -> None:
             await bus.declare(topology(name="other"))
             with pytest.raises(QueueMissing):
                 await take(consumer)
+
+
+class Odd(MemoryBus):
+    """Begins streams two messages before the offset it is asked for, and is busy at the first try."""
+
+    def __init__(self, broker: MemoryBroker, offsets: list[Offset | None], *, is_busy: bool = False) -> None:
+        super().__init__(broker, "guest")
+        broker._buses.add(self)
+        self._offsets = offsets
+        self._is_busy = is_busy
+
+    def consume(
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+    ) -> AbstractAsyncContextManager[Consumer]:
+        self._offsets.append(offset)
+        if self._is_busy:
+            self._is_busy = False
+            raise QueueBusy("a ghost")
+        earlier = max(0, offset - 2) if isinstance(offset, int) else offset
+        return super().consume(queue, prefetch=prefetch, offset=earlier, exclusive=exclusive)
+
+
+async def test_a_stream_goes_on_behind_what_was_handed_out_even_where_the_broker_begins_before_it() -> None:
+    broker, asked = MemoryBroker(), list[Offset | None]()
+
+    async def reconnect() -> Bus:
+        return Odd(broker, asked)
+
+    async with over(reconnect, Odd(broker, asked)) as bus:
+        await bus.declare(topology("stream"))
+        for i in range(8):
+            await bus.publish(Q, "", bytes([i]))
+        async with bus.consume(Q, prefetch=1, offset="first") as consumer:
+            found = []
+            for i in range(8):
+                if i == 5:
+                    broker.drop_connections()
+                delivery = await take(consumer)
+                found.append(delivery.offset)
+                await consumer.ack(delivery)
+    assert found == list(range(8))
+    assert asked == ["first", 5]
+
+
+async def test_patience_with_a_ghost_begins_anew_with_each_ghost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbus.bus.supervised._BUSY_PAUSE_S", 0.001)
+    broker, asked = MemoryBroker(), list[Offset | None]()
+
+    async def reconnect() -> Bus:
+        return Odd(broker, asked, is_busy=True)
+
+    async with over(reconnect, Odd(broker, asked), busy_patience_s=1e-9) as bus:  # not twice by the same ghost
+        await bus.declare(topology())
+        async with bus.consume(Q, prefetch=1, exclusive=True) as consumer:
+            for tries in (3, 5):
+                broker.drop_connections()
+                await bus.publish(Q, "", b"x")
+                await consumer.ack(await take(consumer))
+                assert len(asked) == tries
+
+
+async def test_leaving_a_subscription_ends_who_still_receives_from_it_and_costs_no_connection() -> None:
+    broker, states = MemoryBroker(), list[LinkState]()
+    async with supervised(broker, states) as bus:
+        await bus.declare(topology())
+        subscription = bus.consume(Q, prefetch=1)
+        consumer = await subscription.__aenter__()
+        async with started(consumer.receive()) as receiving:
+            await subscription.__aexit__(None, None, None)
+            with pytest.raises(BrokerClosed, match="the subscription has ended"):
+                await receiving
+        await bus.publish(Q, "", b"x")
+    assert states == []
 
 
 @pytest.mark.parametrize(("offset", "first"), [("first", 0), ("last", 4), ("next", 5), (3, 3)])
