@@ -14,7 +14,7 @@ from fedbus.bus.topology import CONTROL, UPDATES
 from fedbus.types import Metrics
 from fedbus.wire import messages as m
 from fedbus.wire.codec import encode
-from fedbus.wire.transfer import Outgoing, crc32
+from fedbus.wire.transfer import Outgoing, checksum
 
 _PARTS_AT_ONCE: Final = 16
 _ASK_EVERY_S: Final = 5.0
@@ -125,7 +125,7 @@ class Outbox:
         outgoing = entry.outgoing
         buffers = outgoing.part(index)
         if index > 0:
-            return m.Part(transfer=entry.transfer, index=index, crc32=crc32(buffers), payload=buffers)
+            return m.Part(transfer=entry.transfer, index=index, checksum=checksum(buffers), payload=buffers)
         return m.Update(
             client_id=self._client_id,
             task_id=entry.task.task_id,
@@ -136,6 +136,6 @@ class Outbox:
             metrics=entry.metrics,
             schema=outgoing.schema,
             part_bytes=outgoing.part_bytes,
-            crc32=crc32(buffers),
+            checksum=checksum(buffers),
             payload=buffers,
         )

@@ -11,7 +11,7 @@ from fedbus.errors import DecodeError, QueueMismatch, QueueMissing
 from fedbus.types import Tensors
 from fedbus.wire.codec import decode, encode
 from fedbus.wire.messages import Model, Part
-from fedbus.wire.transfer import Outgoing, crc32
+from fedbus.wire.transfer import Outgoing, checksum
 
 _LOOK_EVERY_BYTES: Final = 64 << 20
 """How much is published between two looks at where the stream ends."""
@@ -50,7 +50,7 @@ class ModelPublisher:
             version=version,
             schema=outgoing.schema,
             part_bytes=outgoing.part_bytes,
-            crc32=crc32(buffers),
+            checksum=checksum(buffers),
             payload=buffers,
         )
         # One confirm awaited per part: then each message is a chunk of its own, which readers fetch one by one.
@@ -60,7 +60,7 @@ class ModelPublisher:
         head_out.set_result(self._next_offset)
         for index in range(1, outgoing.parts):
             buffers = outgoing.part(index)
-            part = Part(transfer=head.transfer, index=index, crc32=crc32(buffers), payload=buffers)
+            part = Part(transfer=head.transfer, index=index, checksum=checksum(buffers), payload=buffers)
             await self._bus.publish(MODEL, "", encode(part))
         self._next_offset += outgoing.parts
         self._unseen_bytes += outgoing.nbytes

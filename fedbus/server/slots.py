@@ -1,4 +1,4 @@
-"""Who may upload now: large updates come one after the other, so that memory does not grow with their number."""
+"""Who may upload now: a few large updates at a time, so that memory does not grow with the number of clients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+STAGING_BYTES: Final = 256 << 20
+"""What may be under way at a time; one upload always may, however large."""
+
 LOW_WATER: Final = 16 << 20
-"""Bytes still to come of one upload when the next is let in: the road from the broker never runs dry."""
+"""Bytes still to come when the next upload is let in all the same: the road from the broker never runs dry."""
 
 EAGER_BYTES: Final = 64 << 20
 """What all clients together may send unasked."""
@@ -28,7 +31,7 @@ class _Upload:
 
 
 class UploadSlots:
-    """Grants uploads, first come first served: one at a time, and the next when the last one is nearly here.
+    """Grants uploads, first come first served: as many as fit, and the next when those are nearly here.
 
     Args:
         grant: called with (client_id, task_id) for each grant.
@@ -87,16 +90,18 @@ class UploadSlots:
 
     def pump(self) -> None:
         """Grant what can be granted now."""
-        while self._waiting and not self._is_full() and self._to_come() <= LOW_WATER:
+        while self._waiting and not self._is_full() and self._has_room(next(iter(self._waiting.values())).nbytes):
             task_id, upload = self._waiting.popitem(last=False)
             upload.touched_at = time.monotonic()
             self._granted[task_id] = upload
             self._grant(upload.client_id, task_id)
 
+    def _has_room(self, nbytes: int) -> bool:
+        under_way = sum(upload.nbytes for upload in self._granted.values())
+        return under_way + nbytes <= STAGING_BYTES or self._to_come() <= LOW_WATER
+
     def _to_come(self) -> int:
-        """Bytes of the granted uploads that are not here yet; nothing is granted while they are many."""
-        if not self._granted:
-            return 0
+        """Bytes of the granted uploads that are not here yet."""
         missing = (self._missing_bytes(task_id) for task_id in self._granted)
         return sum(
             upload.nbytes if bytes_ is None else bytes_

@@ -117,7 +117,7 @@ class Update:
     metrics: Scalars
     schema: Schema
     part_bytes: Count
-    crc32: Count
+    checksum: Count
     payload: Payload
 
 
@@ -127,7 +127,7 @@ class Part:
 
     transfer: Text
     index: Count
-    crc32: Count
+    checksum: Count
     payload: Payload
 
 
@@ -143,7 +143,7 @@ class Model:
     version: Count
     schema: Schema
     part_bytes: Count
-    crc32: Count
+    checksum: Count
     payload: Payload
 
     @property

@@ -28,7 +28,7 @@ from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, FitResult, Scalar, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
-from fedbus.wire.transfer import crc32
+from fedbus.wire.transfer import checksum
 from tests.kit import AddingClient, Gate, app_of, cut, federation, pack, weighted
 
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ class Attacker:
             "metrics": {},
             "schema": schema,
             "part_bytes": 1 << 20,
-            "crc32": crc32(only),
+            "checksum": checksum(only),
             "payload": only,
         }
         return m.Update(**{**values, **fields})
@@ -374,7 +374,7 @@ ZEROS = np.zeros(3, np.float32)
         ({"w": np.zeros(3)}, {}, "tensor 'w' came as <f8, <f4 is due"),
         ({"v": ZEROS}, {}, "the model has no tensor 'v'"),
         ({"w": ZEROS}, {"num_examples": -5}, "num_examples is -5: an update needs at least one example"),
-        ({"w": ZEROS}, {"crc32": 1}, "part 0 fails its checksum"),
+        ({"w": ZEROS}, {"checksum": 1}, "part 0 fails its checksum"),
         ({"w": ZEROS}, {"part_bytes": 0}, "parts of 0 bytes, 65536 to 8388608 are allowed"),
         ({"w": np.array([0, np.inf, 0], np.float32)}, {}, "tensor 'w' holds NaN or infinite values"),
         ({"w": ZEROS}, {"client_id": "c8"}, "its task was given to c9"),
@@ -469,12 +469,12 @@ async def test_parts_of_an_upload_that_died_are_never_mixed_with_those_of_the_ne
                 metrics={},
                 schema=schema,
                 part_bytes=1 << 20,
-                crc32=crc32(first),
+                checksum=checksum(first),
                 payload=first,
             )
             await twin.publish(UPDATES, "", encode(head))
         for transfer in ("lives", "dies"):
-            part = m.Part(transfer=transfer, index=1, crc32=crc32(second), payload=second)
+            part = m.Part(transfer=transfer, index=1, checksum=checksum(second), payload=second)
             await twin.publish(UPDATES, "", encode(part))
         gate.open()
         assert (await serving).updates == 2
@@ -741,9 +741,11 @@ async def test_parts_that_come_before_their_head_are_kept_for_it() -> None:
         schema, payload = pack({"w": np.ones(400_000, np.float32)})
         first, second = cut(payload)
         head = Attacker(bus, run_id).update(
-            {"w": ZEROS}, transfer="late", schema=schema, crc32=crc32(first), payload=first
+            {"w": ZEROS}, transfer="late", schema=schema, checksum=checksum(first), payload=first
         )
-        await bus.publish(UPDATES, "", encode(m.Part(transfer="late", index=1, crc32=crc32(second), payload=second)))
+        await bus.publish(
+            UPDATES, "", encode(m.Part(transfer="late", index=1, checksum=checksum(second), payload=second))
+        )
         await bus.publish(UPDATES, "", encode(head))
         assert (await serving).updates == 1
         assert np.unique(story.model()["w"]).tolist() == [1.0]
@@ -771,10 +773,12 @@ async def test_uploads_whose_sender_died_are_forgotten_and_leave_the_queue() -> 
         schema, payload = pack({"w": np.ones(400_000, np.float32)})
         first, second = cut(payload)
         head = Attacker(bus, run_id).update(
-            {"w": ZEROS}, transfer="dies", schema=schema, crc32=crc32(first), payload=first
+            {"w": ZEROS}, transfer="dies", schema=schema, checksum=checksum(first), payload=first
         )
         await bus.publish(UPDATES, "", encode(head))
-        await bus.publish(UPDATES, "", encode(m.Part(transfer="lost", index=1, crc32=crc32(second), payload=second)))
+        await bus.publish(
+            UPDATES, "", encode(m.Part(transfer="lost", index=1, checksum=checksum(second), payload=second))
+        )
         assert story.server is not None
         assert story.server._intake is not None
         staging = story.server._intake._staging
@@ -799,11 +803,11 @@ async def test_a_strangers_message_cannot_cancel_an_upload_that_is_under_way() -
         attacker = Attacker(bus, story.told(o.RunStarted)[0].run_id)
         schema, payload = pack({"w": np.ones(400_000, np.float32)})
         first, second = cut(payload)
-        honest = {"transfer": "honest", "schema": schema, "crc32": crc32(first), "payload": first}
+        honest = {"transfer": "honest", "schema": schema, "checksum": checksum(first), "payload": first}
         await attacker.send(attacker.update({"w": ZEROS}, **honest))
         await attacker.send(attacker.update({"w": ZEROS}, client_id="c8", transfer="forged"))
         await story.until(o.UpdateRefused)
-        await attacker.send(m.Part(transfer="honest", index=1, crc32=crc32(second), payload=second))
+        await attacker.send(m.Part(transfer="honest", index=1, checksum=checksum(second), payload=second))
         assert (await serving).updates == 1
 
 
@@ -968,9 +972,9 @@ async def test_parts_of_another_version_are_not_mixed_in() -> None:
     schema, payload = pack({"w": np.zeros(400_000, np.float32)})
     first, second = cut(payload)
     head = m.Model(
-        run_id="run", epoch=1, version=0, schema=schema, part_bytes=1 << 20, crc32=crc32(first), payload=first
+        run_id="run", epoch=1, version=0, schema=schema, part_bytes=1 << 20, checksum=checksum(first), payload=first
     )
-    foreign = m.Part(transfer="run/1/9", index=1, crc32=crc32(second), payload=second)
+    foreign = m.Part(transfer="run/1/9", index=1, checksum=checksum(second), payload=second)
     for message in (head, foreign):
         await bus.publish("fedbus.model", "", encode(message))
     with pytest.raises(QueueMissing, match="not whole"):

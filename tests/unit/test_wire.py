@@ -28,7 +28,7 @@ from fedbus.wire.arrays import (
     views,
 )
 from fedbus.wire.codec import KINDS, MAX_HEAD_BYTES, MAX_PART_BYTES, PROTOCOL, decode, encode
-from fedbus.wire.transfer import Assembly, Outgoing, PartedAssembly, crc32, part_count
+from fedbus.wire.transfer import Assembly, Outgoing, PartedAssembly, checksum, part_count
 from tests.kit import pack
 
 PLAIN_DTYPES = sorted(name for name in DTYPES if name != "bfloat16")
@@ -231,14 +231,14 @@ def body_of(head: object, payload: bytes = b"") -> bytes:
 
 
 def test_a_message_is_plain_msgpack() -> None:
-    part = m.Part(transfer="t", index=1, crc32=2, payload=b"abc")
+    part = m.Part(transfer="t", index=1, checksum=2, payload=b"abc")
     protocol, head, payload = msgpack.unpackb(encode(part))
     assert (protocol, payload) == (PROTOCOL, b"abc")
-    assert msgpack.unpackb(head) == ["Part", {"transfer": "t", "index": 1, "crc32": 2}]
+    assert msgpack.unpackb(head) == ["Part", {"transfer": "t", "index": 1, "checksum": 2}]
 
 
 def test_the_payload_is_a_view_into_the_body() -> None:
-    body = encode(m.Part(transfer="t", index=1, crc32=2, payload=bytes(1000)))
+    body = encode(m.Part(transfer="t", index=1, checksum=2, payload=bytes(1000)))
     part = decode(body)
     assert isinstance(part, m.Part)
     assert isinstance(part.payload, memoryview)
@@ -299,7 +299,7 @@ def test_a_payload_where_none_belongs_is_refused() -> None:
 
 def test_what_is_too_large_to_travel_is_refused_at_the_sender() -> None:
     with pytest.raises(ConfigError, match="part"):
-        encode(m.Part(transfer="t", index=1, crc32=0, payload=bytes(MAX_PART_BYTES + 1)))
+        encode(m.Part(transfer="t", index=1, checksum=0, payload=bytes(MAX_PART_BYTES + 1)))
     with pytest.raises(ConfigError, match="cannot travel"):
         encode(m.EvaluateReport(client_id="a", task_id="t", run_id="r", loss=0, num_examples=1, metrics={"n": 2**70}))
     for metrics in ({str(i): i for i in range(257)}, {"note": "x" * 5_000}, {"\x1b]0;": 1}):
@@ -307,16 +307,16 @@ def test_what_is_too_large_to_travel_is_refused_at_the_sender() -> None:
             encode(m.EvaluateReport(client_id="a", task_id="t", run_id="r", loss=0, num_examples=1, metrics=metrics))
     schema = tuple(TensorSpec(f"{'long' * 100}{i}", "<f4", (1,)) for i in range(3_000))
     with pytest.raises(ConfigError, match="fewer tensors"):
-        encode(m.Model(run_id="r", epoch=1, version=0, schema=schema, part_bytes=1, crc32=0, payload=b""))
+        encode(m.Model(run_id="r", epoch=1, version=0, schema=schema, part_bytes=1, checksum=0, payload=b""))
 
 
 # ---- transfers -------------------------------------------------------------------------------------------------------
 
 
-def part_of(index: int, payload: bytes | bytearray | memoryview, checksum: int | None = None) -> m.Part:
+def part_of(index: int, payload: bytes | bytearray | memoryview, check: int | None = None) -> m.Part:
     """A part as it comes out of the decoder."""
     view = memoryview(payload)
-    return m.Part(transfer="t", index=index, crc32=crc32(view) if checksum is None else checksum, payload=view)
+    return m.Part(transfer="t", index=index, checksum=checksum(view) if check is None else check, payload=view)
 
 
 def parts_of(outgoing: Outgoing) -> list[m.Part]:
@@ -415,7 +415,7 @@ def test_a_part_that_does_not_fit_is_refused(index: int, part: bytes, complaint:
 def test_a_part_with_a_wrong_checksum_is_refused_and_still_missing() -> None:
     assembly = Assembly((TensorSpec("w", "|u1", (8,)),), 8)
     with pytest.raises(DecodeError, match="checksum"):
-        assembly.take(part_of(0, bytes(8), checksum=1))
+        assembly.take(part_of(0, bytes(8), check=1))
     assert assembly.missing == 1
 
 
