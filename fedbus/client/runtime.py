@@ -296,7 +296,7 @@ class ClientRuntime:
         entry = self._outbox.get(task.task_id)
         if entry is not None:
             await self._outbox.deliver(entry)
-        elif task.task_id in self._ended_tasks:
+        elif task.task_id in self._ended_tasks and not isinstance(task, m.ParametersTask):
             if self._ended_tasks[task.task_id]:
                 await self._report_failure(task, self._ended_tasks[task.task_id])
         elif not (isinstance(task, m.FitTask) and task.round < self._newest_fit):  # else of a round long closed

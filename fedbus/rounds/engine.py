@@ -143,6 +143,7 @@ class Engine:
         self._out: list[Command] = []
         self._restored_cohort: tuple[RestoredTask, ...] = ()
         self._evaluation_due = False
+        self._is_resumed = restored is not None
         if restored is not None:
             self._restore(restored)
 
@@ -182,7 +183,7 @@ class Engine:
     def awaits(self, task_id: str, client_id: str) -> bool:
         """Whether an update for this task could still be taken: nothing else is worth any memory."""
         if task_id == self._task_id("parameters", 0, client_id):
-            return not self._has_model and client_id in self._parameters_asked
+            return not self._has_model and self._may_give_model(client_id)
         task = self._tasks.get(task_id)
         return task is not None and task.client_id == client_id and task.state in (TaskState.WORKING, TaskState.LOST)
 
@@ -370,8 +371,12 @@ class Engine:
             self._parameters_due_at = self._now + self._config.timeout_s
             self._out.append(c.RequestParameters(client_id=client_id, task_id=task_id))
 
+    def _may_give_model(self, client_id: str) -> bool:
+        """Those that were asked for it; after a resume anybody, for the last server may have asked."""
+        return self._is_resumed or client_id in self._parameters_asked
+
     def _adopt(self, event: e.UpdateReceived) -> None:
-        if self._has_model or event.client_id not in self._parameters_asked:
+        if self._has_model or not self._may_give_model(event.client_id):
             self._settle(event, Outcome.REFUSED, "the run has its initial model already, or asked somebody else for it")
             return
         self._has_model = True
