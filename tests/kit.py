@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,13 +15,16 @@ import numpy as np
 
 from fedbus.app import App
 from fedbus.bus.base import Bus
-from fedbus.bus.memory import MemoryBroker
+from fedbus.bus.memory import MemoryBroker, MemoryBus
+from fedbus.bus.supervised import LinkState, SupervisedBus, no_observer
+from fedbus.bus.topology import DEAD, UPDATES
 from fedbus.client.runtime import ClientRuntime
 from fedbus.config import RoundConfig
+from fedbus.observe import events as o
 from fedbus.server.history import History
 from fedbus.server.runtime import Server
-from fedbus.training.base import ClientContext, NumPyClient
-from fedbus.types import Array, Scalar, Tensors
+from fedbus.training.base import Client, ClientContext, NumPyClient
+from fedbus.types import Array, Config, EvaluateResult, FitResult, Scalar, Tensors
 from fedbus.wire.arrays import Schema
 from fedbus.wire.messages import RunEnded
 from fedbus.wire.transfer import PART_BYTES, Outgoing, part_count
@@ -84,6 +89,73 @@ class Gate:
         return Waiting(context)
 
 
+class Counting:
+    """Makes clients whose step is a function of (client, round) alone, and counts how often each was asked for one."""
+
+    def __init__(self, size: int = 3) -> None:
+        self.size = size
+        self.asked: Counter[tuple[str, int]] = Counter()
+        self.hooks: list[Callable[[str, int], None]] = []
+        """Called in the client's thread, with its id and the round, before it trains."""
+
+    def client_fn(self, context: ClientContext) -> Client:
+        counting = self
+
+        class Stepping(Client):
+            def get_parameters(self) -> Tensors:
+                return {"w": np.zeros(counting.size, np.float32)}
+
+            def fit(self, parameters: Tensors, config: Config) -> FitResult:
+                round_ = int(str(config["round"]))
+                counting.asked[context.client_id, round_] += 1
+                for hook in counting.hooks:
+                    hook(context.client_id, round_)
+                rng = np.random.default_rng([*context.client_id.encode(), round_])
+                step = rng.normal(size=counting.size).astype(np.float32)
+                return FitResult(
+                    parameters={"w": parameters["w"] + step}, num_examples=int(rng.integers(1, 100)), metrics={}
+                )
+
+            def evaluate(self, parameters: Tensors, config: Config) -> EvaluateResult:
+                return EvaluateResult(loss=float(np.abs(parameters["w"]).mean()), num_examples=1, metrics={})
+
+        return Stepping()
+
+    def app(self, *, num_clients: int = 3, num_rounds: int = 4, **settings: Any) -> App:
+        """An app in which every client is in every round, unless `settings` say otherwise."""
+        rounds = {"num_rounds": num_rounds, "min_fit_clients": num_clients, "fraction_evaluate": 0}
+        settings.setdefault("initial_parameters", {"w": np.zeros(self.size, np.float32)})
+        return app_of(self.client_fn, **{**settings, "rounds": {**rounds, **settings.get("rounds", {})}})
+
+
+class Pause:
+    """A place where whoever comes by stops for ever, until it is told to go on."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reached = asyncio.Event()
+        self._released = threading.Event()
+        self._released_here = asyncio.Event()
+
+    async def reached(self) -> None:
+        async with asyncio.timeout(20):
+            await self._reached.wait()
+
+    def go_on(self) -> None:
+        self._released.set()
+        self._released_here.set()
+
+    async def here(self) -> None:
+        """Stop the task that comes by."""
+        self._reached.set()
+        await self._released_here.wait()
+
+    def in_thread(self) -> None:
+        """Stop the thread that comes by."""
+        self._loop.call_soon_threadsafe(self._reached.set)
+        assert self._released.wait(30)
+
+
 def app_of(client_fn: Callable[[ClientContext], Any] = AddingClient, **settings: Any) -> App:
     """An app with a model of one tensor of zeros, float32 [3], quick rounds, and whatever else is given."""
     rounds = RoundConfig(**{**QUICK, **settings.pop("rounds", {})})
@@ -94,12 +166,18 @@ def app_of(client_fn: Callable[[ClientContext], Any] = AddingClient, **settings:
 class Federation:
     """A memory broker with the parties that a test starts on it, and every event that they told."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, *, run_dir: Path | None = None, supervised: bool = False) -> None:
         self.app = app
+        self.run_dir = run_dir
+        self.supervised = supervised
+        self.wrap: Callable[[str, MemoryBus], Bus] = lambda user, bus: bus
+        """What each connection of a user becomes."""
         self.broker = MemoryBroker()
         self.events: list[object] = []
         self.server: Server | None = None
         self.server_bus: Bus | None = None
+        self.serving: asyncio.Task[History] | None = None
+        self.all_buses: list[Bus] = []
         self.clients: dict[str, ClientRuntime] = {}
         self.buses: dict[str, Bus] = {}
         self.tasks: list[asyncio.Task[Any]] = []
@@ -109,13 +187,46 @@ class Federation:
         self.events.append(event)
         self._told.set()
 
+    def connect(self, user: str, on_state: Callable[[LinkState], None] = no_observer) -> Bus:
+        """A connection of `user`, which comes back by itself when the story is supervised."""
+
+        async def reconnect() -> Bus:
+            return self.wrap(user, self.broker.connect(user))
+
+        bus = self.wrap(user, self.broker.connect(user))
+        if self.supervised:
+            bus = SupervisedBus(bus, reconnect, on_state=on_state, pause_s=0.002, longest_pause_s=0.02)
+        self.all_buses.append(bus)
+        return bus
+
     def start_server(self, run_dir: Path | None = None, **options: Any) -> asyncio.Task[History]:
-        self.server_bus = self.broker.connect("server")
-        self.server = Server(self.app, self.server_bus, run_dir=run_dir, observers=[self.observe], **options)
-        return self._start(self.server.run())
+        server: Server | None = None
+
+        def on_state(state: LinkState) -> None:
+            if state.kind == "restored" and server is not None:
+                server.connection_restored()
+
+        self.server_bus = self.connect("server", on_state)
+        folder = run_dir or self.run_dir
+        server = Server(self.app, self.server_bus, run_dir=folder, observers=[self.observe], **options)
+        self.server = server
+        self.serving = self._start(self.server.run())
+        return self.serving
+
+    async def kill_server(self) -> None:
+        """End the server as SIGKILL does: no goodbye, and its connection is gone."""
+        assert self.serving is not None
+        assert self.server_bus is not None
+        self.serving.cancel()
+        await asyncio.wait([self.serving])
+        await self.server_bus.close()
+
+    def resume_server(self, **options: Any) -> asyncio.Task[History]:
+        """Start another server on the run of the last one."""
+        return self.start_server(resume=True, **options)
 
     def start_client(self, client_id: str, app: App | None = None) -> asyncio.Task[RunEnded | None]:
-        self.buses[client_id] = self.broker.connect(client_id)
+        self.buses[client_id] = self.connect(client_id)
         self.clients[client_id] = ClientRuntime(
             app or self.app, self.buses[client_id], client_id=client_id, observers=[self.observe]
         )
@@ -157,15 +268,43 @@ class Federation:
         assert self.server.model is not None
         return dict(self.server.model)
 
+    def bits(self) -> bytes:
+        """The bytes of the current model."""
+        return b"".join(value.tobytes() for value in self.model().values())
+
+    def check_whole(self, history: History, clients: Sequence[str], num_rounds: int) -> None:
+        """Every client's update is in every round once, has its receipt, and has left the broker."""
+        assert history.finished
+        assert [record.round for record in history.rounds] == list(range(1, num_rounds + 1))
+        for record in history.rounds:
+            assert sorted(update.client_id for update in record.folded) == sorted(clients)
+        tasks = sorted(f"{history.run_id}/fit/{n}/{client}" for n in range(1, num_rounds + 1) for client in clients)
+        if self.run_dir is not None:
+            assert folded_in(self.run_dir) == tasks
+        receipts = {(event.client_id, event.round) for event in self.told(o.ReceiptArrived) if event.round}
+        assert receipts == {(client, n) for n in range(1, num_rounds + 1) for client in clients}
+        assert self.told(o.RefusalArrived) == []
+        assert self.told(o.MessageRejected) == []
+        assert (self.broker.depth(UPDATES), self.broker.depth(DEAD)) == (0, 0)
+
 
 def _fits(event: object, fields: dict[str, object]) -> bool:
     return all(getattr(event, name) == value for name, value in fields.items())
 
 
+def folded_in(run_dir: Path) -> list[str]:
+    """The task ids whose updates the ledger says are folded, sorted."""
+    db = sqlite3.connect(run_dir / "ledger.sqlite")
+    try:
+        return [row[0] for row in db.execute("SELECT task_id FROM folded ORDER BY task_id")]
+    finally:
+        db.close()
+
+
 @asynccontextmanager
-async def federation(app: App) -> AsyncIterator[Federation]:
+async def federation(app: App, *, run_dir: Path | None = None, supervised: bool = False) -> AsyncIterator[Federation]:
     """A `Federation` whose tasks end with the context."""
-    story = Federation(app)
+    story = Federation(app, run_dir=run_dir, supervised=supervised)
     try:
         async with asyncio.timeout(60):
             yield story
@@ -173,6 +312,8 @@ async def federation(app: App) -> AsyncIterator[Federation]:
         for task in story.tasks:
             task.cancel()
         await asyncio.gather(*story.tasks, return_exceptions=True)
+        for bus in story.all_buses:
+            await bus.close()
 
 
 def weighted(values: Sequence[float], weights: Sequence[float]) -> float:
