@@ -95,8 +95,9 @@ class Counting:
     def __init__(self, size: int = 3) -> None:
         self.size = size
         self.asked: Counter[tuple[str, int]] = Counter()
-        self.hooks: list[Callable[[str, int], None]] = []
+        self.hooks: list[Callable[[str, int], object]] = []
         """Called in the client's thread, with its id and the round, before it trains."""
+        self.evaluate_hooks: list[Callable[[str, int], object]] = []
 
     def client_fn(self, context: ClientContext) -> Client:
         counting = self
@@ -117,6 +118,8 @@ class Counting:
                 )
 
             def evaluate(self, parameters: Tensors, config: Config) -> EvaluateResult:
+                for hook in counting.evaluate_hooks:
+                    hook(context.client_id, int(str(config["round"])))
                 return EvaluateResult(loss=float(np.abs(parameters["w"]).mean()), num_examples=1, metrics={})
 
         return Stepping()
@@ -178,6 +181,8 @@ class Federation:
         self.server_bus: Bus | None = None
         self.serving: asyncio.Task[History] | None = None
         self.all_buses: list[Bus] = []
+        self.links: dict[str, MemoryBus] = {}
+        self.may_connect: dict[str, asyncio.Event] = {}
         self.clients: dict[str, ClientRuntime] = {}
         self.buses: dict[str, Bus] = {}
         self.tasks: list[asyncio.Task[Any]] = []
@@ -189,15 +194,31 @@ class Federation:
 
     def connect(self, user: str, on_state: Callable[[LinkState], None] = no_observer) -> Bus:
         """A connection of `user`, which comes back by itself when the story is supervised."""
+        may_connect = self.may_connect[user] = asyncio.Event()
+        may_connect.set()
+
+        def one() -> Bus:
+            self.links[user] = self.broker.connect(user)
+            return self.wrap(user, self.links[user])
 
         async def reconnect() -> Bus:
-            return self.wrap(user, self.broker.connect(user))
+            await may_connect.wait()
+            return one()
 
-        bus = self.wrap(user, self.broker.connect(user))
+        bus = one()
         if self.supervised:
-            bus = SupervisedBus(bus, reconnect, on_state=on_state, pause_s=0.002, longest_pause_s=0.02)
+            bus = SupervisedBus(
+                bus, reconnect, on_state=on_state, pause_s=0.002, longest_pause_s=0.02, busy_patience_s=0.1
+            )
         self.all_buses.append(bus)
         return bus
+
+    def cut_off(self, user: str) -> asyncio.Event:
+        """End the connection of `user`; it is let back once the event is set."""
+        may_connect = self.may_connect[user]
+        may_connect.clear()
+        self.links[user].drop()
+        return may_connect
 
     def start_server(self, run_dir: Path | None = None, **options: Any) -> asyncio.Task[History]:
         server: Server | None = None

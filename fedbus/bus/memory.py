@@ -106,6 +106,10 @@ class MemoryBroker:
         """Messages that wait in `queue`, those out with consumers not counted."""
         return len(self._queue(queue).ready)
 
+    def purge(self, queue: str) -> None:
+        """Lose what waits in `queue`."""
+        self._queue(queue).ready.clear()
+
     # ---- what buses ask for --------------------------------------------------------------------------------------
 
     def _declare(self, topology: Topology) -> None:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import sqlite3
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 
 import fedbus.bus.supervised
 import fedbus.server.runtime
+from fedbus.bus.topology import CONTROL, TASKS, UPDATES
+from fedbus.errors import ConfigError, QueueBusy
+from fedbus.observe import events as o
 from fedbus.rounds import commands as c
+from fedbus.server.checkpoint import save_model
 from fedbus.server.intake import UpdateIntake
-from fedbus.server.ledger import Ledger
+from fedbus.server.ledger import Fenced, Ledger
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.runtime import Server
-from tests.kit import Counting, Pause, federation
+from fedbus.types import Array
+from fedbus.wire import messages as m
+from fedbus.wire.codec import encode
+from tests.kit import Counting, Federation, Pause, federation
 
 CLIENTS = ("c1", "c2", "c3")
 
@@ -168,3 +181,387 @@ async def test_a_server_killed_before_it_kept_the_model_of_a_client_takes_it_whe
         story.check_whole(history, ["c1"], 4)
         assert story.bits() == await bits_without_faults(counting, ("c1",), num_clients=1)
     assert set(counting.asked.values()) == {1}
+
+
+# ---- clients that are gone, updates that are gone, fits that failed --------------------------------------------------
+
+
+class Hold:
+    """Holds these fits, (client, round), until it is let go."""
+
+    def __init__(self, counting: Counting, *fits: tuple[str, int]) -> None:
+        self._fits = fits
+        self._is_over = threading.Event()
+        counting.hooks.append(self._hold)
+
+    def _hold(self, client: str, round_: int) -> None:
+        if (client, round_) in self._fits:
+            assert self._is_over.wait(30)
+
+    def let_go(self) -> None:
+        self._is_over.set()
+
+
+async def test_an_update_whose_sender_is_gone_for_good_is_in_the_round_and_the_others_go_on(tmp_path: Path) -> None:
+    counting = Counting()
+    hold = Hold(counting, ("c2", 2), ("c3", 2))
+    async with federation(counting.app(rounds={"lease_s": 0.4}), run_dir=tmp_path) as story:
+        story.start_server()
+        leaving, *_ = [story.start_client(client) for client in CLIENTS]
+        await story.until(o.UpdateFolded, client_id="c1", round=2)
+        await story.kill_server()
+        await story.kill("c1", leaving)
+        serving = story.resume_server()
+        hold.let_go()
+        history = await serving
+    assert history.rounds[1].clients == set(CLIENTS)
+    assert [record.clients for record in history.rounds[2:]] == [{"c2", "c3"}] * 2
+    assert (history.clients_lost, history.rounds[2].lost) == (["c1"], ["c1"])
+
+
+@pytest.mark.parametrize("size", [3, 400_000])
+async def test_updates_that_the_broker_lost_are_sent_again_without_being_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    counting = Counting(size)
+    expected = await bits_without_faults(counting)
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        pause = Pause()
+        _before_the_last_fold(monkeypatch, pause)
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await pause.reached()
+        await story.kill_server()
+        assert story.broker.depth(UPDATES) > 0
+        story.broker.purge(UPDATES)
+        history = await story.resume_server()
+        story.check_whole(history, CLIENTS, 4)
+        assert story.bits() == expected
+    assert set(counting.asked.values()) == {1}
+
+
+async def test_a_fit_that_failed_before_the_kill_stays_failed_after_it(tmp_path: Path) -> None:
+    counting = Counting()
+
+    def fail(client: str, round_: int) -> None:
+        if (client, round_) == ("c2", 2):
+            raise ValueError("no data today")
+
+    counting.hooks.append(fail)
+    hold = Hold(counting, ("c3", 2))
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await story.until(c.FitFailed, client_id="c2", round=2)
+        await story.until(o.UpdateFolded, client_id="c1", round=2)
+        await story.kill_server()
+        serving = story.resume_server()
+        hold.let_go()
+        history = await serving
+    assert history.rounds[1].failed == {"c2": "fit raised ValueError: no data today"}
+    assert [record.clients for record in history.rounds] == [
+        set(CLIENTS),
+        {"c1", "c3"},
+        set(CLIENTS),
+        set(CLIENTS),
+    ]
+    assert counting.asked["c2", 2] == 1
+
+
+async def test_a_failure_that_nobody_heard_of_is_told_again_and_not_trained_again(tmp_path: Path) -> None:
+    counting = Counting()
+
+    def fail(client: str, round_: int) -> None:
+        if (client, round_) == ("c2", 2):
+            raise ValueError("no data today")
+
+    counting.hooks.append(fail)
+    hold = Hold(counting, ("c2", 2))
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await story.until(o.UpdateFolded, client_id="c1", round=2)
+        await story.until(o.UpdateFolded, client_id="c3", round=2)
+        await story.kill_server()
+        hold.let_go()
+        await story.until(o.TaskErred, client_id="c2", round=2)
+        await asyncio.sleep(0)
+        story.broker.purge(CONTROL)
+        history = await story.resume_server()
+    assert history.rounds[1].failed == {"c2": "fit raised ValueError: no data today"}
+    assert counting.asked["c2", 2] == 1
+
+
+async def test_the_late_update_of_a_straggler_is_folded_after_the_resume_with_its_staleness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting()
+    hold = Hold(counting, ("c3", 1))
+    app = counting.app(rounds={"min_fit_clients": 2, "min_available_clients": 3})
+    async with federation(app, run_dir=tmp_path) as story:
+        pause = Pause()
+        _before_a_fold(monkeypatch, pause)
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await pause.reached()
+        await story.kill_server()
+        hold.let_go()
+        await story.until(o.TaskCompleted, client_id="c3", round=1)
+        history = await story.resume_server()
+    assert {(update.client_id, update.staleness) for update in history.rounds[1].folded} == {
+        ("c1", 0),
+        ("c2", 0),
+        ("c3", 1),
+    }
+    assert counting.asked["c3", 1] == 1
+    assert history.finished
+
+
+@pytest.mark.parametrize("num_rounds", [2, 4])
+async def test_evaluations_that_were_under_way_are_done_after_the_resume(tmp_path: Path, num_rounds: int) -> None:
+    counting = Counting()
+    hold = threading.Event()
+    hold_clients = threading.Event()
+
+    def evaluate(round_: int, model: dict[str, Array]) -> tuple[float, dict[str, Any]]:
+        assert round_ != 2 or hold.wait(30)
+        return float(round_), {}
+
+    counting.evaluate_hooks.append(lambda _, round_: round_ != 2 or hold_clients.wait(30))
+    hold_fits = Hold(counting, *((client, 3) for client in CLIENTS))
+    app = counting.app(evaluate_fn=evaluate, num_rounds=num_rounds, rounds={"fraction_evaluate": 1.0})
+    async with federation(app, run_dir=tmp_path) as story:
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await story.until(o.RoundClosed, round=2)
+        await story.until(o.TaskStarted, 1, kind="fit" if num_rounds > 2 else "evaluate", round=num_rounds - 1)
+        await story.kill_server()
+        hold.set()
+        serving = story.resume_server()
+        await story.until(o.RunResumed)
+        hold_clients.set()
+        hold_fits.let_go()
+        history = await serving
+    assert [record.central.loss for record in history.rounds if record.central] == list(range(1, num_rounds + 1))
+    assert history.initial is not None
+    assert history.initial.loss == 0
+    assert [record.federated.clients for record in history.rounds if record.federated] == [3] * num_rounds
+    assert history.updates == 3 * num_rounds
+
+
+async def test_the_history_goes_on_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting()
+    app = counting.app(evaluate_fn=lambda round_, model: (float(round_), {}), rounds={"fraction_evaluate": 1.0})
+    async with federation(app) as story:
+        clean = await story.run(*CLIENTS)
+    async with federation(app, run_dir=tmp_path) as story:
+        pause = Pause()
+        _between_ledger_and_publication(monkeypatch, pause)
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        gone = story.start_client("gone")
+        await story.until(o.MemberJoined, client_id="gone")
+        story.clients["gone"].request_leave()
+        await gone
+        await pause.reached()
+        run_id, started_at = story.told(o.RunStarted)[0].run_id, story.server.history.started_at if story.server else ""
+        await story.kill_server()
+        history = await story.resume_server()
+    assert (history.run_id, history.started_at) == (run_id, started_at)
+    assert sorted(history.clients_joined) == [*CLIENTS, "gone"]
+    assert (history.clients_lost, history.clients_left) == ([], ["gone"])
+    assert (history.settings, history.initial, history.finished, history.reason) == (
+        clean.settings,
+        clean.initial,
+        True,
+        "all rounds are done",
+    )
+    assert json.loads((tmp_path / "history.json").read_text()) == json.loads(history.to_json())
+    opened = [record.opened_s for record in history.rounds]
+    assert opened == sorted(opened)
+
+
+@pytest.mark.parametrize("hang", [_before_the_last_fold, _between_ledger_and_ack, _between_ledger_and_publication])
+async def test_random_cohorts_are_those_of_the_run_without_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang: Hang
+) -> None:
+    six = tuple(f"c{n}" for n in range(6))
+    rounds = {"min_fit_clients": 3, "min_available_clients": 6, "fraction_fit": 0.5}
+    counting = Counting()
+    async with federation(counting.app(rounds=rounds)) as story:
+        clean = await story.run(*six)
+        expected = story.bits()
+    counting.asked.clear()
+    async with federation(counting.app(rounds=rounds), run_dir=tmp_path) as story:
+        pause = Pause()
+        hang(monkeypatch, pause)
+        story.start_server()
+        for client in six:
+            story.start_client(client)
+        await pause.reached()
+        await story.kill_server()
+        history = await story.resume_server()
+        assert story.bits() == expected
+    cohorts = [sorted(record.cohort) for record in clean.rounds]
+    assert [sorted(record.cohort) for record in history.rounds] == cohorts
+    assert len({tuple(cohort) for cohort in cohorts}) > 1
+    assert set(counting.asked.values()) == {1}
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+async def test_resuming_a_finished_run_returns_its_history_at_once_and_writes_it(tmp_path: Path) -> None:
+    counting = Counting()
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        first = await story.run(*CLIENTS)
+        (tmp_path / "history.json").unlink()
+        assert await story.resume_server() == first
+    assert json.loads((tmp_path / "history.json").read_text()) == json.loads(first.to_json())
+    assert set(counting.asked.values()) == {1}
+
+
+async def test_resuming_an_empty_folder_begins_a_run(tmp_path: Path) -> None:
+    counting = Counting()
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        serving = story.resume_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        story.check_whole(await serving, CLIENTS, 4)
+        assert story.told(o.RunResumed) == []
+
+
+async def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path) -> None:
+    async with federation(Counting().app(), run_dir=tmp_path) as story:
+        await story.run(*CLIENTS)
+        (tmp_path / "history.json").unlink()
+        with pytest.raises(ConfigError, match=r"holds a run already.*--resume"):
+            story.start_server()
+
+
+async def test_a_folder_in_use_by_another_server_is_refused_with_its_pid(tmp_path: Path) -> None:
+    async with federation(Counting().app(), run_dir=tmp_path) as story:
+        story.start_server()
+        await story.until(o.RunStarted)
+        with pytest.raises(ConfigError, match=rf"another server \(pid {os.getpid()}\) works on"):
+            await story.resume_server()
+
+
+async def a_run_that_was_killed(story: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause = Pause()
+    _between_ledger_and_ack(monkeypatch, pause)
+    story.start_server()
+    for client in CLIENTS:
+        story.start_client(client)
+    await pause.reached()
+    await story.kill_server()
+
+
+@pytest.mark.parametrize("damage", [b"SQLite format 3\0 and then nothing", b"no database at all" * 100])
+async def test_a_damaged_ledger_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    async with federation(Counting().app(), run_dir=tmp_path) as story:
+        await a_run_that_was_killed(story, monkeypatch)
+        for name in ("ledger.sqlite-wal", "ledger.sqlite-shm"):
+            (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / "ledger.sqlite").write_bytes(damage)
+        with pytest.raises(ConfigError, match=r"ledger.sqlite is not the ledger of a run"):
+            await story.resume_server()
+
+
+async def test_a_ledger_of_another_format_is_one_clear_error(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("PRAGMA user_version=77")
+    db.close()
+    async with federation(Counting().app(), run_dir=tmp_path) as story:
+        with pytest.raises(ConfigError, match=r"written by another version of fedbus"):
+            await story.resume_server()
+
+
+async def test_a_missing_or_foreign_checkpoint_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with federation(Counting().app(), run_dir=tmp_path) as story:
+        await a_run_that_was_killed(story, monkeypatch)
+        checkpoint = tmp_path / "checkpoints" / "model-2.safetensors"
+        save_model(checkpoint, {"w": np.zeros(3, np.float32)}, {"run_id": "another", "version": "2"})
+        with pytest.raises(ConfigError, match=r"is not version 2 of run .*: the run cannot be resumed"):
+            await story.resume_server()
+        checkpoint.unlink()
+        with pytest.raises(ConfigError, match=r"model-2.safetensors cannot be read: No such file"):
+            await story.resume_server()
+
+
+# ---- fencing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("comes_back", ["in its commit", "on the queues"])
+async def test_a_server_that_was_given_up_and_comes_back_is_fenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: str
+) -> None:
+    counting = Counting()
+    expected = await bits_without_faults(counting)
+    pause, original = Pause(), Ledger.commit_round
+    first: list[Ledger] = []
+
+    def hang_in_round_2(ledger: Ledger, record: Any, rows: Any, **rest: Any) -> None:
+        if record.round == 2 and not first:
+            first.append(ledger)
+            pause.in_thread()
+        original(ledger, record, rows, **rest)
+
+    monkeypatch.setattr(Ledger, "commit_round", hang_in_round_2)
+    async with federation(counting.app(), run_dir=tmp_path, supervised=True) as story:
+        old_serving = story.start_server()
+        clients = [story.start_client(client) for client in CLIENTS]
+        await pause.reached()
+        let_back = story.cut_off("server")
+        old = story.server
+        assert old is not None
+        assert old._folder is not None
+        old._folder.close()  # as if it were on another machine
+        serving = story.resume_server()
+        await story.until(o.RunResumed)
+        if comes_back == "in its commit":
+            pause.go_on()
+            with pytest.raises(Fenced, match=r"epoch 2, this one is 1"):
+                await old_serving
+        else:
+            let_back.set()
+            with pytest.raises((QueueBusy, Fenced)):
+                await old_serving
+            pause.go_on()
+        history = await serving
+        for client in clients:
+            ended = await client
+            assert ended is not None
+            assert (ended.finished, ended.epoch) == (True, 2)
+        story.check_whole(history, CLIENTS, 4)
+        assert story.bits() == expected
+    assert set(counting.asked.values()) == {1}
+
+
+async def test_the_goodbye_of_a_server_that_was_replaced_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting()
+    hold = Hold(counting, ("c1", 3))
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        await a_run_that_was_killed(story, monkeypatch)
+        serving = story.resume_server()
+        await story.until(o.TaskStarted, round=3, client_id="c1")
+        run_id = story.told(o.RunStarted)[0].run_id
+        bus = story.connect("old server")
+        goodbye = m.RunEnded(run_id=run_id, epoch=1, finished=False, reason="the broker went away")
+        for client in CLIENTS:
+            await bus.publish(TASKS, client, encode(goodbye))
+        hold.let_go()
+        history = await serving
+        story.check_whole(history, CLIENTS, 4)
