@@ -240,8 +240,10 @@ class ClientRuntime:
 
     def _take_task(self, task: m.Task, delivery: Delivery) -> None:
         """Queue it, or, when it is a copy of one that is here, let it bring its newer delivery and place."""
-        if isinstance(task, m.FitTask) and task.receipt_task_id and task.run_id == self._run_id:
-            self._take_receipt(task.receipt_task_id, task.receipt_round, task.receipt_staleness)
+        if task.run_id == self._run_id:  # it may come before the welcome of the server that took the run over
+            self._epoch = max(self._epoch, task.epoch)
+            if isinstance(task, m.FitTask) and task.receipt_task_id:
+                self._take_receipt(task.receipt_task_id, task.receipt_round, task.receipt_staleness)
         for known in (self._current, *self._pending):
             if known is not None and known.task.task_id == task.task_id:
                 known.merge(task, delivery)
