@@ -113,6 +113,8 @@ class UpdateIntake:
                 continue
             if not self._staging.refresh(message, delivery):
                 await self._stage(message, delivery)
+            if copies := self._staging.take_copies():
+                await self._consumer.ack(*copies)
 
     async def _stage(self, message: m.Update | m.Part, delivery: Delivery) -> None:
         now = time.monotonic()

@@ -2,7 +2,7 @@
 
 Whatever comes may come again: after a lost connection the broker delivers anew all that was not acknowledged, of
 updates that are half here, waiting, or folded already. A part that is known only brings its newer delivery, for only
-that one can be acknowledged.
+that one can be acknowledged. And a client that is asked again while its update is on its way sends it twice.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Staging:
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._updates: dict[int, StagedUpdate] = {}
         self._by_transfer: dict[str, StagedUpdate] = {}
+        self._copies: list[Delivery] = []
         self._tokens = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -84,8 +85,21 @@ class Staging:
         """True for a part of an update that is whole already: only its delivery is new."""
         update = self._by_transfer.get(message.transfer)
         if update is not None:
-            update.deliveries[_index(message)] = _bare(delivery)
+            self._renew(update.deliveries, _index(message), delivery)
         return update is not None
+
+    def take_copies(self) -> list[Delivery]:
+        """Deliveries of parts that are here already, sent twice over one connection; the caller's to settle, now."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def _renew(self, deliveries: dict[int, Delivery], index: int, delivery: Delivery) -> None:
+        """Keep the delivery by which a part can be settled: of another connection the newer, of the same the first."""
+        known = deliveries.get(index)
+        if known is not None and known.generation == delivery.generation:
+            self._copies.append(_bare(delivery))
+        else:
+            deliveries[index] = _bare(delivery)
 
     def begin(self, head: Update, delivery: Delivery, now: float) -> int | None:
         """Take the head of a transfer; the token of the update when it is whole by now.
@@ -104,10 +118,10 @@ class Staging:
         if transfer is None:
             transfer = _Transfer(head=head, assembly=PartedAssembly(head.schema, head.part_bytes), touched_at=now)
             self._transfers[head.transfer] = transfer
-        _take(transfer, head, delivery, now)
+        self._take(transfer, head, delivery, now)
         orphans = self._orphans.pop(head.transfer, None)
         for part, its_delivery in orphans.parts if orphans else ():
-            _take(transfer, part, its_delivery, now)
+            self._take(transfer, part, its_delivery, now)
         return self._finish(transfer)
 
     def add(self, part: Part, delivery: Delivery, now: float) -> int | None:
@@ -124,7 +138,7 @@ class Staging:
             orphans.size += len(part.payload)
             return None
         try:
-            _take(transfer, part, delivery, now)
+            self._take(transfer, part, delivery, now)
         except DecodeError as exc:
             raise UpdateRefused(str(exc)) from exc
         return self._finish(transfer)
@@ -138,9 +152,11 @@ class Staging:
             head = known.head
         orphans = self._orphans.get(message.transfer)
         deliveries = dict(known.deliveries) if known else {}
-        deliveries |= {part.index: its_delivery for part, its_delivery in (orphans.parts if orphans else ())}
+        for part, its_delivery in orphans.parts if orphans else ():
+            self._renew(deliveries, part.index, its_delivery)
+        self._renew(deliveries, _index(message), delivery)
         self.abort(message.transfer)
-        return self.keep(head, {**deliveries, _index(message): _bare(delivery)}, None)
+        return self.keep(head, deliveries, None)
 
     def head_of(self, transfer: str) -> Update | None:
         """The head of a transfer under way; None when only parts of it have come."""
@@ -171,6 +187,13 @@ class Staging:
     def waits_to_be_folded(self) -> bool:
         """True while the tensors of a whole update lie here."""
         return any(update.tensors is not None for update in self._updates.values())
+
+    def _take(self, transfer: _Transfer, message: Update | Part, delivery: Delivery, now: float) -> None:
+        transfer.touched_at = now
+        if transfer.assembly.take(message):
+            for name, _, values in transfer.assembly.pieces_of(message):
+                check_finite({name: values})
+        self._renew(transfer.deliveries, _index(message), delivery)
 
     def _finish(self, transfer: _Transfer) -> int | None:
         if transfer.assembly.missing:
@@ -226,14 +249,6 @@ class Staging:
 
 def _index(message: Update | Part) -> int:
     return message.index if isinstance(message, Part) else 0
-
-
-def _take(transfer: _Transfer, message: Update | Part, delivery: Delivery, now: float) -> None:
-    transfer.touched_at = now
-    if transfer.assembly.take(message):
-        for name, _, values in transfer.assembly.pieces_of(message):
-            check_finite({name: values})
-    transfer.deliveries[_index(message)] = _bare(delivery)
 
 
 def _bare(delivery: Delivery) -> Delivery:
