@@ -17,6 +17,7 @@ import pytest
 import fedbus.bus.supervised
 import fedbus.server.runtime
 from fedbus.bus.topology import CONTROL, TASKS, UPDATES, inbox
+from fedbus.client.outbox import Entry, Outbox
 from fedbus.errors import ConfigError, QueueBusy
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
@@ -28,6 +29,7 @@ from fedbus.server.runtime import Server
 from fedbus.types import Array
 from fedbus.wire import messages as m
 from fedbus.wire.codec import encode
+from fedbus.wire.transfer import MIN_PART_BYTES, Outgoing
 from tests.kit import Counting, Federation, Pause, federation
 
 CLIENTS = ("c1", "c2", "c3")
@@ -566,8 +568,46 @@ async def test_the_goodbye_of_a_server_that_was_replaced_ends_nobody(
         goodbye = m.RunEnded(run_id=run_id, epoch=1, finished=False, reason="the broker went away")
         for client in CLIENTS:
             await bus.publish(TASKS, client, encode(goodbye))
-        while any(story.broker.depth(inbox(client)) for client in CLIENTS):
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while any(story.broker.depth(inbox(client)) for client in CLIENTS):  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0)
         hold.let_go()
         history = await serving
         story.check_whole(history, CLIENTS, 4)
+
+
+# ---- what comes twice ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 64 KiB, so that small models have several."""
+    monkeypatch.setattr(Outgoing.__init__, "__defaults__", (MIN_PART_BYTES,))
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize("size", [3, 50_000])
+@pytest.mark.parametrize("held", [None, "c3"])
+async def test_an_update_that_is_sent_twice_is_folded_once_and_leaves_nothing_in_the_queue(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int, held: str | None
+) -> None:
+    counting = Counting(size)
+    expected = await bits_without_faults(counting)
+    deliver = Outbox.deliver
+
+    async def deliver_twice(outbox: Outbox, entry: Entry) -> None:
+        await deliver(outbox, entry)
+        await deliver(outbox, entry)
+
+    monkeypatch.setattr(Outbox, "deliver", deliver_twice)
+    hold = Hold(counting, *((held, n) for n in range(1, 5) if held))
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        serving = story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await story.until(o.TaskCompleted, 2)
+        hold.let_go()
+        history = await serving
+        story.check_whole(history, CLIENTS, 4)
+        assert story.bits() == expected
+    assert set(counting.asked.values()) == {1}
