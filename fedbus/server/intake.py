@@ -73,7 +73,7 @@ class UpdateIntake:
 
         Left means unacknowledged: the end of our subscription gives it back, where a reject would hand it to us again.
         """
-        update = self._staging.take_out(token)
+        update = self._staging.take_out(token, comes_again=keep_in_broker)
         if not keep_in_broker:
             await self._consumer.ack(*update.in_settling_order())
 

@@ -170,7 +170,7 @@ class Staging:
         return self.keep(known.head, known.deliveries, None)
 
     def is_aborted(self, transfer: str) -> bool:
-        """True for further parts of a transfer that was given up."""
+        """True for further parts of a transfer that was given up, or settled: a part may come twice."""
         return transfer in self._aborted
 
     def of_task(self, task_id: str) -> list[str]:
@@ -219,22 +219,29 @@ class Staging:
     def get(self, token: int) -> StagedUpdate:
         return self._updates[token]
 
-    def take_out(self, token: int) -> StagedUpdate:
-        """Forget the update; its deliveries are the caller's to settle."""
+    def take_out(self, token: int, *, comes_again: bool = False) -> StagedUpdate:
+        """Forget the update; its deliveries are the caller's to settle. What else comes of it has no use then, unless
+        it `comes_again` as a whole.
+        """
         update = self._updates.pop(token)
         if self._by_transfer.get(update.transfer) is update:
             del self._by_transfer[update.transfer]
+        if not comes_again:
+            self._note_aborted(update.transfer)
         return update
 
     def abort(self, transfer: str) -> list[Delivery]:
         """Forget a transfer that went wrong; its deliveries are the caller's to settle."""
-        self._aborted[transfer] = None
-        if len(self._aborted) > 1024:
-            self._aborted.popitem(last=False)
+        self._note_aborted(transfer)
         known = self._transfers.pop(transfer, None)
         orphans = self._orphans.pop(transfer, None)
         deliveries = list(known.deliveries.values()) if known else []
         return deliveries + [delivery for _, delivery in (orphans.parts if orphans else ())]
+
+    def _note_aborted(self, transfer: str) -> None:
+        self._aborted[transfer] = None
+        if len(self._aborted) > 1024:
+            self._aborted.popitem(last=False)
 
     def stalled(self, before: float) -> list[str]:
         """Transfers of which nothing has come since `before`: their senders are gone."""
