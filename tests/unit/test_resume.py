@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
+import random
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable
@@ -21,15 +23,17 @@ from fedbus.client.outbox import Entry, Outbox
 from fedbus.errors import ConfigError, QueueBusy
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
+from fedbus.rounds import events as e
 from fedbus.server.checkpoint import save_model
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Fenced, Ledger
 from fedbus.server.publisher import ModelPublisher
-from fedbus.server.runtime import Server
+from fedbus.server.runtime import Server, _Events
 from fedbus.types import Array
 from fedbus.wire import messages as m
 from fedbus.wire.codec import encode
 from fedbus.wire.transfer import MIN_PART_BYTES, Outgoing
+from tests.faults.failing import Fault, When
 from tests.kit import Counting, Federation, Pause, federation
 
 CLIENTS = ("c1", "c2", "c3")
@@ -611,3 +615,124 @@ async def test_an_update_that_is_sent_twice_is_folded_once_and_leaves_nothing_in
         story.check_whole(history, CLIENTS, 4)
         assert story.bits() == expected
     assert set(counting.asked.values()) == {1}
+
+
+# ---- connections that come and go ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize("seed", range(20))
+async def test_connections_dropped_at_any_moment_cost_no_update_and_no_bit(tmp_path: Path, seed: int) -> None:
+    counting = Counting(50_000)
+    expected = await bits_without_faults(counting, num_rounds=6)
+    rng = random.Random(seed)
+    async with federation(counting.app(num_rounds=6), run_dir=tmp_path, supervised=True) as story:
+        serving = story.start_server()
+        clients = [story.start_client(client) for client in CLIENTS]
+        while not serving.done():
+            for _ in range(rng.randrange(400)):
+                await asyncio.sleep(0)
+            if len(story.told(o.RoundClosed)) < 5:  # at the end the clients may be gone already
+                story.broker.drop_connections()
+        history = await serving
+        await asyncio.gather(*clients)
+        story.check_whole(history, CLIENTS, 6)
+        assert story.bits() == expected
+        assert history.clients_lost == []
+    assert set(counting.asked.values()) == {1}
+
+
+def for_longer_than_a_lease(
+    story: Federation, hold: Hold, begin: Callable[[], object], end: Callable[[], object]
+) -> Any:
+    """Let it begin in the middle of round 2, and end some leases later."""
+
+    async def play() -> None:
+        await story.until(o.TaskStarted, 3, round=2)
+        begin()
+        hold.let_go()
+        await asyncio.sleep(5 * story.app.rounds.lease_s)
+        end()
+
+    return play()
+
+
+@pytest.mark.parametrize("what", ["blocked", "stopped", "frozen"])
+async def test_a_broker_that_is_gone_for_longer_than_the_leases_costs_nobody_a_place(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    counting = Counting()
+    expected = await bits_without_faults(counting)
+    hold = Hold(counting, *((client, 2) for client in CLIENTS))
+    frozen = asyncio.Event()
+    frozen.set()
+    app = counting.app(rounds={"heartbeat_s": 0.01, "lease_s": 0.08})
+    async with federation(app, supervised=True) as story:
+        put = _Events.put_from_outside
+
+        async def put_later(events: _Events, event: e.Event) -> None:
+            await frozen.wait()
+            await put(events, event)
+
+        monkeypatch.setattr(_Events, "put_from_outside", put_later)
+        begin, end = {
+            "blocked": (story.broker.block, story.broker.unblock),
+            "stopped": (story.broker.stop, story.broker.start),
+            "frozen": (frozen.clear, frozen.set),
+        }[what]
+        serving = story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await for_longer_than_a_lease(story, hold, begin, end)
+        history = await serving
+        story.check_whole(history, CLIENTS, 4)
+        assert story.bits() == expected
+        assert (history.clients_lost, history.clients_left) == ([], [])
+        assert all(not record.failed and not record.lost for record in history.rounds)
+    assert set(counting.asked.values()) == {1}
+
+
+async def test_a_client_that_is_silent_while_the_server_hears_is_lost() -> None:
+    counting = Counting()
+    hold = Hold(counting, ("c1", 2))
+    app = counting.app(rounds={"heartbeat_s": 0.01, "lease_s": 0.08})
+    async with federation(app, supervised=True) as story:
+        serving = story.start_server()
+        silent, *_ = [story.start_client(client) for client in CLIENTS]
+        await story.until(o.TaskStarted, client_id="c1", round=2)
+        await story.kill("c1", silent)
+        hold.let_go()
+        history = await serving
+    assert history.clients_lost == ["c1"]
+    assert history.rounds[1].lost == ["c1"]
+
+
+# ---- the Nth operation fails -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize("who", ["server", "c1"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("first", range(1, 4))
+async def test_whatever_operation_fails_the_run_ends_with_the_same_bits(who: str, when: When, first: int) -> None:
+    expected = await bits_without_faults(Counting(50_000), num_rounds=3)
+    for nth in itertools.count(first, 3):
+        counting = Counting(50_000)
+        fault = Fault(nth, when=when)
+        async with federation(counting.app(num_rounds=3), supervised=True) as story:
+            story.wrap = lambda user, bus, fault=fault: fault.wrap(bus) if user == who else bus  # type: ignore[misc]
+            serving = story.start_server()
+            clients = [story.start_client(client) for client in CLIENTS]
+            try:
+                async with asyncio.timeout(10):
+                    history = await serving
+                    await asyncio.gather(*clients)
+                story.check_whole(history, CLIENTS, 3)
+            except BaseException as exc:
+                exc.add_note(f"the {nth}th operation of {who}, {when}: {[kind for kind, _ in fault.effects][-3:]}")
+                raise
+            assert story.bits() == expected
+            assert set(counting.asked.values()) == {1}
+        if not fault.happened:
+            break
+    assert nth > 40
