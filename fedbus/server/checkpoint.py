@@ -182,7 +182,7 @@ def map_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         return {name: tensors[name] for name in order}, metadata
     except OSError as exc:
         raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
-    except (ValueError, KeyError, TypeError, struct.error) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as exc:
         raise ConfigError(f"{path} is not a safetensors file: {exc}") from exc
 
 
