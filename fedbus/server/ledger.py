@@ -84,18 +84,28 @@ class Ledger:
 
     def begin(self, history: History) -> None:
         """Begin a run, in its first epoch."""
+        head = json.dumps(plain(history.head()))
         with self._lock, _writing():
-            self._db.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT"  # all of it, or none
-            )
-            self._db.execute(
-                "INSERT INTO run VALUES (?, 1, NULL, 0, ?, '[]')", (history.run_id, json.dumps(plain(history.head())))
-            )
+            self._db.execute("BEGIN IMMEDIATE")  # all of it, or none
+            for statement in _SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute("INSERT INTO run VALUES (?, 1, NULL, 0, ?, '[]')", (history.run_id, head))
+            self._db.execute(f"PRAGMA user_version={_FORMAT}")
+            self._db.execute("COMMIT")
         self._epoch = 1
         self.holds_a_run = True
 
     def take_over(self, *, max_staleness: int) -> LastCommit:
-        """Go on with the run, in the next epoch; whoever served it before is fenced out from now on."""
+        """Go on with the run, in the next epoch; whoever served it before is fenced out from now on.
+
+        Raises `ConfigError` for what cannot be read.
+        """
+        try:
+            return self._take_over(max_staleness)
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(f"{self._path} is not the ledger of a run: {exc!r}") from exc
+
+    def _take_over(self, max_staleness: int) -> LastCommit:
         with self._lock, _writing():
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("UPDATE run SET epoch = epoch + 1")
