@@ -126,8 +126,8 @@ class Campaign:
             return
         kills_left = self.result.kills_wanted - self.result.kills
         lines_a_round = self._fleet.settings.clients + 2
-        lines = lines_a_round * self._rounds_left() / kills_left
-        self._await_progress(round(self._rng.uniform(0, 2 * lines)))
+        lines = lines_a_round * self._rounds_left() / (kills_left + 1)
+        self._await_progress(round(self._rng.uniform(0, 1.8 * lines)))
         self._pause(self._rng.uniform(0, 0.02))
 
     def _await_progress(self, lines: int) -> None:
@@ -175,20 +175,24 @@ def undisturbed(folder: Path, settings: Settings) -> tuple[str, float, list[str]
         return model_sha(fleet.run_dir), seconds, [f"without faults: {problem}" for problem in problems]
 
 
-def run_campaign(
-    folder: Path, target: str, settings: Settings, *, kills: int, seed: int, with_undisturbed: bool = True
+def disturbed(
+    folder: Path, node: PrivateNode, target: str, settings: Settings, *, kills: int, seed: int, sha_expected: str
 ) -> Result:
-    """A whole campaign, in `folder`; the undisturbed run as real processes may be left out, that in memory may not."""
-    sha = expected_sha(settings)
-    problems: list[str] = []
-    seconds = 0.0
-    if with_undisturbed:
-        sha_of_processes, seconds, problems = undisturbed(folder / "undisturbed", settings)
-        if sha_of_processes != sha:
-            problems.append(f"without faults: processes end with {sha_of_processes[:12]}, memory with {sha[:12]}")
-    with PrivateNode() as node, Fleet(folder / "disturbed", settings, node.url) as fleet:
+    """The run with kills, and the checker's word on it."""
+    with Fleet(folder, settings, node.url) as fleet:
         result = Campaign(fleet, node, target, kills=kills, seed=seed).run()
-        result.verdict = fleet.verdict(sha)
+        result.verdict = fleet.verdict(sha_expected)
+    return result
+
+
+def run_campaign(folder: Path, target: str, settings: Settings, *, kills: int, seed: int) -> Result:
+    """A whole campaign, in `folder`."""
+    sha = expected_sha(settings)
+    sha_of_processes, seconds, problems = undisturbed(folder / "undisturbed", settings)
+    if sha_of_processes != sha:
+        problems.append(f"without faults: processes end with {sha_of_processes[:12]}, memory with {sha[:12]}")
+    with PrivateNode() as node:
+        result = disturbed(folder / "disturbed", node, target, settings, kills=kills, seed=seed, sha_expected=sha)
     result.seconds_without_faults = seconds
     result.problems[:0] = problems
     return result

@@ -215,13 +215,23 @@ class _Node:
                 os.kill(pid, signal.SIGKILL)
 
     def ctl(self, *arguments: str) -> str:
-        script = self._programs.script.with_name("rabbitmqctl")
-        done = subprocess.run(
-            [script, "-n", self.name, *arguments], env=self.environment, capture_output=True, text=True, timeout=60
-        )
-        if done.returncode:
-            raise NodeError(f"rabbitmqctl {arguments[0]} failed: {done.stderr.strip()[-400:]}")
-        return done.stdout
+        return _rabbitmqctl(self._settings(), self.name, *arguments)
+
+
+def ctl_of(node: private.PrivateNode, *arguments: str) -> str:
+    """Run rabbitmqctl against a private node; what it printed."""
+    settings = node._running_keeper()._settings
+    assert settings is not None
+    return _rabbitmqctl(settings, private._NODENAME, *arguments)
+
+
+def _rabbitmqctl(settings: private._Settings, name: str, *arguments: str) -> str:
+    script = settings.programs.script.with_name("rabbitmqctl")
+    environment = private._environment(settings)
+    done = subprocess.run([script, "-n", name, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise NodeError(f"rabbitmqctl {arguments[0]} failed: {done.stderr.strip()[-400:]}")
+    return done.stdout
 
 
 def _await(condition: Callable[[], bool], what: str) -> None:

@@ -102,8 +102,8 @@ class Fleet:
             self.start_one(name, fault=fault if name == faulty else "")
 
     def start_one(self, name: str, *, fault: str = "") -> None:
-        """Start the server or a client, for the first time or again; `fault` as `tests.faults.victim` reads it."""
-        if name == SERVER:
+        """Start a server or a client, for the first time or again; `fault` as `tests.faults.victim` reads it."""
+        if name.startswith(SERVER):
             command = ["server", _APP, "--run-dir", str(self.run_dir), *["--resume"] * self._resume]
         else:
             command = ["client", _APP, "--id", name]
@@ -184,7 +184,8 @@ class Fleet:
                 raise Stalled(f"the run does not end; the server's last words: {self.last_words()}")
             time.sleep(0.02)
         problems = []
-        for name, process in self.processes.items():
+        for name in (SERVER, *self.settings.client_ids):
+            process = self.processes[name]
             try:
                 code = process.wait(20)
             except subprocess.TimeoutExpired:
