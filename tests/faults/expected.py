@@ -11,7 +11,7 @@ from tests.kit import federation
 
 def expected_sha(settings: Settings) -> str:
     """SHA-256 of the final model of a run in which nothing goes wrong."""
-    return asyncio.run(_run(replace(settings, fit_s=0.0, journal="", gate="", heartbeat_s=5.0)))
+    return asyncio.run(_run(replace(settings, fit_s=0.0, journal="", gate="", heartbeat_s=5.0, lease_s=60.0)))
 
 
 async def _run(settings: Settings) -> str:
