@@ -54,9 +54,9 @@ def test_kills_at_random_instants_lose_nothing(tmp_path: Path, node: PrivateNode
 # ---- kills at named points -------------------------------------------------------------------------------------------
 
 
-# The first confirm that a client gets is that of the first part, before which it sends no other.
-@pytest.mark.parametrize(("point", "nth"), [("client-before-confirm", 1), *((point, 2) for point in POINTS)])
-def test_a_kill_at_a_named_point_loses_nothing(tmp_path: Path, node: PrivateNode, point: str, nth: int) -> None:
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_a_named_point_loses_nothing(tmp_path: Path, node: PrivateNode, point: str) -> None:
+    nth = 1 if point == "server-while-the-ledger-begins" else 2
     faulty = "c2" if point.startswith("client") else SERVER
     with Fleet(tmp_path, THREE_PARTS, node.url) as fleet:
         fleet.start(fault=f"{point}:{nth}:SIGKILL", faulty=faulty)
@@ -95,11 +95,12 @@ def test_a_stopped_server_that_wakes_up_after_its_successor_took_over_harms_noth
         fleet.start()
         fleet.until_event(SERVER, "round_opened", round=3)
         fleet.signal(SERVER, signal.SIGSTOP)
+        (fleet.run_dir / ".lock").unlink()  # the successor is on another machine: it sees the disk, and not the lock
         successor = _start_successor(fleet)
         fleet.open_gate()
         fleet.until_event(successor, "round_closed", round=4)
         fleet.signal(SERVER, signal.SIGCONT)
-        code = fleet.processes[SERVER].wait(30)
+        code = fleet.processes[SERVER].wait(60)
         last_line = fleet.last_words()
         fleet.processes[SERVER] = fleet.processes.pop(successor)
         assert code == 1
@@ -112,7 +113,7 @@ def _start_successor(fleet: Fleet) -> str:
     name = f"{SERVER}-2"
     for _ in range(8):
         fleet.start_one(name)
-        fleet.until(lambda: not fleet.is_alive(name) or bool(fleet.events(name, "member_joined")), "a successor")
+        fleet.until(lambda: not fleet.is_alive(name) or bool(fleet.events(name, "run_resumed")), "a successor")
         if fleet.is_alive(name):
             break
     return name

@@ -20,9 +20,11 @@ import aiormq
 
 from fedbus.bus.base import Delivery
 from fedbus.bus.rabbitmq import RabbitMQBus, _RabbitMQConsumer
-from fedbus.bus.topology import MODEL, TASKS, UPDATES
+from fedbus.bus.topology import TASKS, UPDATES
 from fedbus.errors import DecodeError
 from fedbus.server.checkpoint import RunFolder
+from fedbus.server.history import History
+from fedbus.server.ledger import Ledger
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode
@@ -89,10 +91,10 @@ def _client_before_task_ack(point: Point) -> None:
     """All parts are confirmed; the task is still the client's."""
     ack = _RabbitMQConsumer.ack
 
-    async def acknowledging(self: _RabbitMQConsumer, delivery: Delivery) -> None:
-        if isinstance(_decoded(delivery.body), m.FitTask):
+    async def acknowledging(self: _RabbitMQConsumer, *deliveries: Delivery) -> None:
+        if any(isinstance(_decoded(delivery.body), m.FitTask) for delivery in deliveries):
             point.passed()
-        await ack(self, delivery)
+        await ack(self, *deliveries)
 
     _replace(_RabbitMQConsumer, "ack", acknowledging)
 
@@ -110,23 +112,23 @@ def _server_before_fold(point: Point) -> None:
 
 def _server_before_ledger(point: Point) -> None:
     """The new model is on the disk, the ledger does not know of its round."""
-    save = RunFolder.save_model
+    save = RunFolder.save_checkpoint
 
     def saving(self: RunFolder, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
         point.passed()
 
-    _replace(RunFolder, "save_model", saving)
+    _replace(RunFolder, "save_checkpoint", saving)
 
 
 def _server_before_ack(point: Point) -> None:
     """The round is in the ledger, the first of its updates is about to be acknowledged."""
     ack = _RabbitMQConsumer.ack
 
-    async def acknowledging(self: _RabbitMQConsumer, delivery: Delivery) -> None:
+    async def acknowledging(self: _RabbitMQConsumer, *deliveries: Delivery) -> None:
         if self._queue == UPDATES:
             point.passed()
-        await ack(self, delivery)
+        await ack(self, *deliveries)
 
     _replace(_RabbitMQConsumer, "ack", acknowledging)
 
@@ -143,16 +145,26 @@ def _server_before_receipt(point: Point) -> None:
     _replace(RabbitMQBus, "publish", publishing)
 
 
-def _server_before_publish(point: Point) -> None:
-    """The round is in the ledger, and its model is about to be published."""
-    publish = RabbitMQBus.publish
+def _server_after_ledger(point: Point) -> None:
+    """The round is in the ledger, and nobody has heard of it: model.safetensors is that of the round before."""
+    commit = Ledger.commit_round
 
-    async def publishing(self: RabbitMQBus, exchange: str, routing_key: str, body: Any, **kwargs: Any) -> None:
-        if exchange == MODEL and isinstance(_decoded(body), m.Model):
-            point.passed()
-        await publish(self, exchange, routing_key, body, **kwargs)
+    def committing(self: Ledger, *args: Any, **kwargs: Any) -> None:
+        commit(self, *args, **kwargs)
+        point.passed()
 
-    _replace(RabbitMQBus, "publish", publishing)
+    _replace(Ledger, "commit_round", committing)
+
+
+def _server_while_ledger_begins(point: Point) -> None:
+    """The ledger has its tables, and the run is about to be written into it."""
+    head = History.head
+
+    def heading(self: History) -> dict[str, Any]:
+        point.passed()
+        return head(self)
+
+    _replace(History, "head", heading)
 
 
 def _replace(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
@@ -166,7 +178,8 @@ _HOOKS: Final[dict[str, Callable[[Point], None]]] = {
     "server-after-checkpoint-before-ledger": _server_before_ledger,
     "server-after-ledger-before-ack": _server_before_ack,
     "server-after-ack-before-receipt": _server_before_receipt,
-    "server-after-ledger-before-publish": _server_before_publish,
+    "server-after-ledger-before-anything": _server_after_ledger,
+    "server-while-the-ledger-begins": _server_while_ledger_begins,
 }
 POINTS: Final = tuple(_HOOKS)
 

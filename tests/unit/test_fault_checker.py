@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbus.server.checkpoint import RunFolder
+from fedbus.server.checkpoint import save_model
 from tests.faults.adding_app import Settings, delta_of, digest, initial_model
 from tests.faults.checker import Element, Verdict, check
 from tests.faults.expected import expected_sha
@@ -34,7 +34,8 @@ class Story:
 
     def verdict(self) -> Verdict:
         run_dir, log = self.folder / "run", self.folder / "c.log"
-        RunFolder(run_dir).save_model(initial_model(self.settings), run_id="r", version=2)
+        run_dir.mkdir()
+        save_model(run_dir / "model.safetensors", initial_model(self.settings), {})
         self._write_journal()
         log.write_text("".join(_receipt(*element) for element in self.acknowledged) + '{"half a li')
         self._write_ledger(run_dir / "ledger.sqlite")
