@@ -183,6 +183,7 @@ class Fleet:
             if time.monotonic() > give_up_at:
                 raise Stalled(f"the run does not end; the server's last words: {self.last_words()}")
             time.sleep(0.02)
+        self.check_alive()  # nobody goes home from a server that has failed
         problems = []
         for name in (SERVER, *self.settings.client_ids):
             process = self.processes[name]
