@@ -16,7 +16,6 @@ import pytest
 from fedbus.bus.node import PrivateNode
 from tests.faults.adding_app import Settings
 from tests.faults.campaign import disturbed
-from tests.faults.cluster import ctl_of
 from tests.faults.expected import expected_sha
 from tests.faults.fleet import SERVER, Fleet
 from tests.faults.victim import POINTS
@@ -149,12 +148,12 @@ def test_a_memory_alarm_of_the_broker_holds_the_run_up_and_costs_nobody_its_plac
     with Fleet(tmp_path, settings, node.url) as fleet:
         fleet.start()
         fleet.until_event(SERVER, "round_opened", round=3)
-        ctl_of(node, "set_vm_memory_high_watermark", "absolute", "1MB")
+        node.rabbitmqctl("set_vm_memory_high_watermark", "absolute", "1MB")
         try:
             fleet.open_gate()
             time.sleep(1.5 * settings.lease_s)
         finally:
-            ctl_of(node, "set_vm_memory_high_watermark", "0.4")
+            node.rabbitmqctl("set_vm_memory_high_watermark", "0.4")
         check_sound(fleet, settings)
         assert fleet.events(SERVER, "member_lost") == []
         assert "alarm" in (tmp_path / "server.log").read_text()

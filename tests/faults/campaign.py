@@ -28,9 +28,9 @@ from tests.faults.expected import expected_sha
 from tests.faults.fleet import SERVER, Fleet, Stalled
 
 TARGETS = ("server", "broker", "clients")
-_STARTUP_SHARE = 0.2
-"""Of the kills, how many fall into the start of what was killed just before."""
-_STARTUP_S = 1.0
+_STARTUP_SHARE, _STARTUP_SHARE_WHEN_LATE = 0.2, 0.8
+"""Of the kills, how many fall into the start of what was killed just before: more when the rounds are ahead of them."""
+_STARTUP_S = 0.8
 _SETTLED_S = 1.5
 """A quorum queue that was declared less than a second before its node is killed can come back empty."""
 _RESERVE = 1
@@ -81,7 +81,7 @@ class Campaign:
         self._node = node
         self._target = target
         self._rng = random.Random(seed)
-        self._started_at = time.monotonic()
+        self._victim = SERVER
         self._killed_at: float | None = None
         self._progress_at_kill = 0
         self.result = Result(target=target, kills_wanted=kills, seed=seed)
@@ -95,10 +95,10 @@ class Campaign:
             if self._target == "broker":
                 self._pause(_SETTLED_S)
             while self.result.kills < self.result.kills_wanted and self._rounds_left() > 0:
-                self._await_instant()
+                is_startup = self._await_instant()
                 if self._rounds_left() <= 0 or not self._fleet.is_alive(SERVER):
                     break
-                self._kill()
+                self._kill(again=is_startup)
             self.result.problems += self._fleet.until_done(_STALLED_S + self._fleet.settings.rounds)
         except Stalled as exc:
             self.result.problems.append(str(exc))
@@ -119,16 +119,21 @@ class Campaign:
 
     # ---- when ----------------------------------------------------------------------------------------------------
 
-    def _await_instant(self) -> None:
-        """During the start of what was killed last, or after some progress: so much that rounds and kills end alike."""
-        if self.result.kills and self._target == "server" and self._rng.random() < _STARTUP_SHARE:
+    def _await_instant(self) -> bool:
+        """During the start of what was killed last, or after some progress: so much that rounds and kills end alike.
+
+        Whether it is the former.
+        """
+        late = self._fleet.log.round / self._fleet.settings.rounds > self.result.kills / self.result.kills_wanted
+        if self.result.kills and self._rng.random() < (_STARTUP_SHARE_WHEN_LATE if late else _STARTUP_SHARE):
             self._pause(self._rng.uniform(0, _STARTUP_S))
-            return
+            return True
         kills_left = self.result.kills_wanted - self.result.kills
         lines_a_round = self._fleet.settings.clients + 2
         lines = lines_a_round * self._rounds_left() / (kills_left + 1)
         self._await_progress(round(self._rng.uniform(0, 1.8 * lines)))
         self._pause(self._rng.uniform(0, 0.02))
+        return False
 
     def _await_progress(self, lines: int) -> None:
         goal = self._fleet.log.progress + lines
@@ -148,7 +153,7 @@ class Campaign:
 
     # ---- kill ----------------------------------------------------------------------------------------------------
 
-    def _kill(self) -> None:
+    def _kill(self, *, again: bool) -> None:
         self.result.kills += 1
         self._progress_at_kill = self._fleet.log.progress
         if self._killed_at is None:
@@ -157,9 +162,10 @@ class Campaign:
             self._node.kill()
             self._node.restart()
             return
-        name = SERVER if self._target == "server" else self._rng.choice(self._fleet.settings.client_ids)
-        self._fleet.kill(name)
-        self._fleet.start_one(name)
+        if self._target == "clients" and not again:
+            self._victim = self._rng.choice(self._fleet.settings.client_ids)
+        self._fleet.kill(self._victim)
+        self._fleet.start_one(self._victim)
 
 
 def undisturbed(folder: Path, settings: Settings) -> tuple[str, float, list[str]]:

@@ -134,7 +134,7 @@ class Cluster:
         return next(node for node in self._nodes if node.is_alive)
 
     def _queue(self, name: str) -> dict[str, Any]:
-        listing = self.ctl("list_queues", "name", "leader", "online", "--formatter", "json", "--quiet")
+        listing = self.ctl("list_queues", "name", "leader", "online", "--formatter", "json")
         rows: list[dict[str, Any]] = json.loads(listing)
         return next((row for row in rows if row["name"] == name), {})
 
@@ -215,23 +215,12 @@ class _Node:
                 os.kill(pid, signal.SIGKILL)
 
     def ctl(self, *arguments: str) -> str:
-        return _rabbitmqctl(self._settings(), self.name, *arguments)
-
-
-def ctl_of(node: private.PrivateNode, *arguments: str) -> str:
-    """Run rabbitmqctl against a private node; what it printed."""
-    settings = node._running_keeper()._settings
-    assert settings is not None
-    return _rabbitmqctl(settings, private._NODENAME, *arguments)
-
-
-def _rabbitmqctl(settings: private._Settings, name: str, *arguments: str) -> str:
-    script = settings.programs.script.with_name("rabbitmqctl")
-    environment = private._environment(settings)
-    done = subprocess.run([script, "-n", name, *arguments], env=environment, capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        raise NodeError(f"rabbitmqctl {arguments[0]} failed: {done.stderr.strip()[-400:]}")
-    return done.stdout
+        script = self._programs.script.with_name("rabbitmqctl")
+        command = [script, "-q", "-n", self.name, *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise NodeError(f"rabbitmqctl {arguments[0]} failed: {done.stderr.strip()[-400:]}")
+        return done.stdout
 
 
 def _await(condition: Callable[[], bool], what: str) -> None:
