@@ -216,7 +216,7 @@ class _Node:
 
     def ctl(self, *arguments: str) -> str:
         script = self._programs.script.with_name("rabbitmqctl")
-        command = [script, "-q", "-n", self.name, *arguments]
+        command = [str(script), "-q", "-n", self.name, *arguments]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise NodeError(f"rabbitmqctl {arguments[0]} failed: {done.stderr.strip()[-400:]}")
