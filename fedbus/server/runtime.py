@@ -288,6 +288,9 @@ class Server:
             self._history = last.history
             self._run_id, self._epoch = last.history.run_id, last.epoch
             self._started_at = time.monotonic() - last.seconds
+            # Who had joined just before the end may be missing from the notes, and must be sent home like the others.
+            tasked = [task.client_id for task in last.tasks]
+            self._history.clients_joined = list(dict.fromkeys([*self._history.clients_joined, *last.members, *tasked]))
         else:
             self._ledger.begin(self._history)
             self._started_at = time.monotonic()
