@@ -359,7 +359,10 @@ async def _close_channel(channel: AbstractChannel) -> None:
         await asyncio.shield(closing)
     except asyncio.CancelledError:
         await asyncio.wait([closing])  # bounded by its own timeout
-        raise
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # aiormq cancels its own futures when the connection ends: nobody asked us to stop.
 
 
 async def _close_in_time(channel: AbstractChannel) -> None:
