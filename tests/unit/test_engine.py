@@ -16,7 +16,8 @@ from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
 from fedbus.rounds.cohort import sample
 from fedbus.rounds.commands import CloseReason, Command, Outcome
-from fedbus.rounds.engine import Engine, Phase
+from fedbus.rounds.engine import Engine, Fate, Phase
+from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.rounds.staleness import polynomial
 
 T = TypeVar("T")
@@ -25,7 +26,9 @@ T = TypeVar("T")
 class Story:
     """An engine with a clock, and all it has ever said."""
 
-    def __init__(self, *, has_model: bool = True, seed: int = 0, **config: Any) -> None:
+    def __init__(
+        self, *, has_model: bool = True, seed: int = 0, restored: Restored | None = None, **config: Any
+    ) -> None:
         settings: dict[str, Any] = {
             "num_rounds": 3,
             "min_fit_clients": 2,
@@ -33,11 +36,11 @@ class Story:
             "fraction_evaluate": 0,
         }
         self.config = RoundConfig(**{**settings, **config})
-        self.engine = Engine(self.config, seed=seed, run_id="run", has_model=has_model)
         self.now = 0.0
+        self.engine = Engine(self.config, seed=seed, run_id="run", has_model=has_model, restored=restored, now=self.now)
         self.said: list[Command] = []
         self.deliveries = 0
-        if has_model:
+        if has_model and restored is None:
             self.happens(e.ModelReady())
 
     def happens(self, event: e.Event) -> list[Command]:
@@ -726,3 +729,263 @@ class _Chaos:
         evaluated = [evaluation.round for evaluation in all_of(said, c.CloseEvaluation)]
         assert set(evaluated) == {task.round for task in all_of(said, c.SendEvaluateTask)}
         assert len(evaluated) == len(set(evaluated))
+
+
+# ---- a run that goes on ----------------------------------------------------------------------------------------------
+
+
+def was(client: str, round_: int, state: str = "working", *, folded_in: int = 0, reason: str = "") -> RestoredTask:
+    return RestoredTask(
+        task_id=f"run/fit/{round_}/{client}",
+        client_id=client,
+        round=round_,
+        version=round_ - 1,
+        state=state,  # type: ignore[arg-type]
+        folded_in=folded_in,
+        reason=reason,
+    )
+
+
+def resumed(*tasks: RestoredTask, rounds: int = 1, clients: str = "abc", **more: Any) -> Story:
+    """A run of which `rounds` rounds were committed, each with a new version."""
+    due = more.pop("evaluation_due", False)
+    restored = Restored(rounds=rounds, version=rounds, clients=tuple(clients), tasks=tasks, evaluation_due=due)
+    return Story(restored=restored, **{"min_fit_clients": 3, **more})
+
+
+def test_a_resumed_run_opens_nothing_before_its_model_is_there_again() -> None:
+    story = resumed()
+    assert not all_of(story.join("a", "b", "c"), c.RoundOpened)
+    opened = one(story.happens(e.ModelReady()), c.RoundOpened)
+    assert (opened.round, opened.version) == (2, 1)
+
+
+def test_the_round_that_was_open_goes_on_with_its_cohort_and_its_tasks_are_sent_again() -> None:
+    story = resumed(was("a", 2), was("b", 2), was("c", 2), clients="abcde")
+    said = story.happens(e.ModelReady())
+    assert set(one(said, c.RoundOpened).cohort) >= {"a", "b", "c"}
+    assert {command.task_id for command in all_of(said, c.SendFitTask)} >= {f"run/fit/2/{x}" for x in "abc"}
+    assert {command.version for command in all_of(said, c.SendFitTask)} == {1}
+
+
+def test_updates_that_come_again_before_the_round_is_open_wait_for_it_and_are_not_asked_for() -> None:
+    story = resumed(was("a", 2), was("b", 2), was("c", 2))
+    assert settled(story.update("a", 2)) == []
+    said = story.happens(e.ModelReady())
+    assert tasked(said) == {"b", "c"}
+    assert [command.client_id for command in all_of(said, c.Fold)] == ["a"]
+    story.update("b", 2)
+    story.update("c", 2)
+    assert {folded.client_id for folded in one(story.said, c.Commit).folded} == {"a", "b", "c"}
+
+
+def test_a_failure_that_was_known_is_in_the_round_and_is_not_asked_for_again() -> None:
+    story = resumed(was("a", 2, "failed", reason="no data"), was("b", 2), was("c", 2))
+    assert tasked(story.happens(e.ModelReady())) == {"b", "c"}
+    story.update("b", 2)
+    story.update("c", 2)
+    commit = one(story.said, c.Commit)
+    assert (commit.failed, commit.reason) == ({"a": "no data"}, CloseReason.COHORT_DONE)
+
+
+def test_an_update_that_is_committed_already_is_settled_with_the_round_that_it_is_in() -> None:
+    story = resumed(was("a", 1, "folded", folded_in=1), was("b", 2))
+    settle = one(story.update("a", 1), c.Settle)
+    assert (settle.outcome, settle.round) == (Outcome.DUPLICATE, 1)
+    assert story.engine.fate("run/fit/1/a", "a") is Fate.COMMITTED
+
+
+def test_a_straggler_of_before_is_folded_late_and_is_not_given_a_second_task_meanwhile() -> None:
+    story = resumed(was("a", 1), was("b", 1, "folded", folded_in=1), was("c", 1, "folded", folded_in=1))
+    assert tasked(story.happens(e.ModelReady())) == {"b", "c"}
+    assert one(story.update("a", 1), c.Fold).staleness == 1
+
+
+def test_members_of_before_have_a_lease_and_are_lost_when_they_never_come_back() -> None:
+    story = resumed(was("a", 2), was("b", 2), was("c", 2), lease_s=20.0, heartbeat_s=1.0)
+    story.happens(e.ModelReady())
+    story.wait(19)
+    story.beat("a", "b")
+    assert [lost.client_id for lost in all_of(story.wait(2), c.MemberLost)] == ["c"]
+    assert story.engine.members == ("a", "b")
+
+
+def test_a_member_of_before_is_welcomed_at_its_first_word_and_is_no_new_one() -> None:
+    story = resumed(was("a", 2), was("b", 2), was("c", 2))
+    story.happens(e.ModelReady())
+    said = story.happens(e.ClientHeard(client_id="a", session="s"))
+    assert [command.session for command in all_of(said, c.WelcomeClient)] == ["s"]
+    assert not all_of(said, c.MemberJoined)
+    assert not tasked(said)
+    assert not story.happens(e.ClientHeard(client_id="a", session="s"))
+
+
+def test_a_member_of_before_that_says_goodbye_is_gone() -> None:
+    story = resumed(was("a", 2), was("b", 2), was("c", 2))
+    story.happens(e.ModelReady())
+    said = story.happens(e.ClientLeft(client_id="a", session="s", reason="bye"))
+    assert one(said, c.MemberLost).left
+
+
+def test_nobody_is_waited_for_before_the_first_round_of_a_resumed_run() -> None:
+    story = resumed(clients="a", min_available_clients=3)
+    assert one(story.happens(e.ModelReady()), c.RoundOpened).cohort == ("a",)
+
+
+def test_a_run_that_was_committed_to_its_end_only_ends() -> None:
+    story = resumed(rounds=3)
+    said = story.happens(e.ModelReady())
+    assert not all_of(said, c.RoundOpened)
+    assert one(said, c.EndRun).finished
+
+
+def test_an_evaluation_that_was_not_complete_is_asked_for_behind_the_tasks_of_the_round() -> None:
+    story = resumed(evaluation_due=True, fraction_evaluate=1.0)
+    said = [
+        command for command in story.happens(e.ModelReady()) if isinstance(command, c.SendFitTask | c.SendEvaluateTask)
+    ]
+    evaluations = all_of(said, c.SendEvaluateTask)
+    assert tasked(said) == {"a", "b", "c"}
+    assert all(isinstance(command, c.SendFitTask) for command in said[:3])
+    assert {(evaluation.round, evaluation.version) for evaluation in evaluations} <= {(1, 1)}
+    assert not all_of(story.wait(0), c.SendEvaluateTask)
+
+
+def test_the_last_evaluation_of_a_run_is_done_before_it_ends() -> None:
+    story = resumed(rounds=3, evaluation_due=True, fraction_evaluate=1.0)
+    said = story.happens(e.ModelReady())
+    asked = all_of(said, c.SendEvaluateTask)
+    assert {command.client_id for command in asked} == {"a", "b", "c"}
+    assert not all_of(said, c.EndRun)
+    for command in asked:
+        said = story.happens(e.EvaluateReported(client_id=command.client_id, task_id=command.task_id))
+    assert one(said, c.CloseEvaluation).round == 3
+    assert one(said, c.EndRun).finished
+
+
+def test_a_resumed_run_without_a_model_takes_it_from_whoever_was_asked_before() -> None:
+    restored = Restored(rounds=0, version=0, clients=("a", "b"))
+    story = Story(has_model=False, restored=restored)
+    assert story.engine.awaits("run/parameters/0/b", "b")
+    assert not story.engine.awaits("run/parameters/0/b", "a")
+    assert one(story.update("b", 0, "run/parameters/0/b"), c.AdoptParameters).client_id == "b"
+
+
+def test_cohorts_of_a_resumed_run_are_those_of_one_that_was_never_interrupted() -> None:
+    config: dict[str, Any] = {"fraction_fit": 0.5, "min_fit_clients": 3, "min_available_clients": 6}
+    whole = Story(seed=4, **config)
+    whole.join(*"abcdef")
+    for client in one(whole.said, c.RoundOpened).cohort:
+        whole.update(client, 1)
+    second = one(whole.commit(), c.RoundOpened).cohort
+    story = resumed(clients="fedcba", seed=4, **config)
+    assert one(story.happens(e.ModelReady()), c.RoundOpened).cohort == second
+
+
+# ---- silence that proves nothing -------------------------------------------------------------------------------------
+
+
+def test_no_lease_ends_on_silence_that_was_not_listened_to() -> None:
+    story = Story(lease_s=20.0, heartbeat_s=1.0)
+    story.join("a", "b")
+    story.happens(e.EchoHeard(sent_at=0.0))
+    assert not all_of(story.wait(90), c.MemberLost)  # nothing has been heard at all, not even of ourselves
+    story.happens(e.EchoHeard(sent_at=19.0))
+    assert not all_of(story.wait(0), c.MemberLost)
+    story.beat("a")
+    story.happens(e.EchoHeard(sent_at=20.5))
+    assert [lost.client_id for lost in all_of(story.wait(0), c.MemberLost)] == ["b"]
+
+
+def test_a_lease_that_cannot_end_yet_is_no_deadline() -> None:
+    story = Story(lease_s=20.0, heartbeat_s=1.0, min_fit_clients=3)
+    story.join("a")
+    assert story.engine.next_deadline() == 20.0
+    story.happens(e.EchoHeard(sent_at=5.0))
+    assert story.engine.next_deadline() is None
+    story.happens(e.EchoHeard(sent_at=20.0))
+    assert story.engine.next_deadline() == 20.0
+
+
+# ---- tasks in doubt --------------------------------------------------------------------------------------------------
+
+
+def test_tasks_in_doubt_are_sent_again_to_those_who_have_not_answered() -> None:
+    story = Story(min_fit_clients=3)
+    story.join("a", "b", "c")
+    story.update("a", 1)
+    assert tasked(story.happens(e.TasksInDoubt())) == {"b", "c"}
+    assert tasked(story.happens(e.TasksInDoubt(client_id="b"))) == {"b"}
+    assert tasked(story.happens(e.TasksInDoubt(client_id="a"))) == set()
+    story.happens(e.TaskFailed(client_id="b", task_id="run/fit/1/b", reason="no"))
+    story.happens(e.ClientLeft(client_id="c", session="c", reason="bye"))
+    assert tasked(story.happens(e.TasksInDoubt())) == set()
+
+
+def test_tasks_sent_again_have_the_time_that_is_left_and_change_nothing() -> None:
+    story = Story(min_fit_clients=2)
+    story.join("a", "b")
+    story.wait(30)
+    before = story.engine.next_deadline()
+    (first, _) = all_of(story.happens(e.TasksInDoubt()), c.SendFitTask)
+    assert first.timeout_s == 70.0
+    assert story.engine.next_deadline() == before
+    story.update("a", 1)
+    story.update("b", 1)
+    assert len(one(story.said, c.Commit).folded) == 2
+
+
+def test_nothing_is_sent_again_while_a_round_is_being_committed() -> None:
+    story = Story()
+    story.join("a", "b")
+    story.update("a", 1)
+    story.update("b", 1)
+    assert story.engine.phase is Phase.CLOSING
+    assert story.happens(e.TasksInDoubt()) == []
+
+
+def test_evaluations_and_the_initial_model_in_doubt_are_asked_for_again() -> None:
+    story = Story(has_model=False)
+    request = one(story.join("a", "b"), c.RequestParameters)
+    assert one(story.happens(e.TasksInDoubt()), c.RequestParameters) == request
+    story = Story(num_rounds=1, fraction_evaluate=1.0)
+    story.join("a", "b")
+    story.update("a", 1)
+    story.update("b", 1)
+    asked = all_of(story.commit(), c.SendEvaluateTask)
+    assert len(asked) == 2
+    story.happens(e.EvaluateReported(client_id=asked[0].client_id, task_id=asked[0].task_id))
+    again = all_of(story.happens(e.TasksInDoubt()), c.SendEvaluateTask)
+    assert [command.task_id for command in again] == [asked[1].task_id]
+
+
+# ---- what has become of an update ------------------------------------------------------------------------------------
+
+
+def test_the_fate_of_an_update_at_each_point_of_its_life() -> None:
+    story = Story(min_fit_clients=2)
+    story.join("a", "b")
+    task = "run/fit/1/a"
+    assert story.engine.fate(task, "a") is Fate.AWAITED
+    assert story.engine.fate(task, "b") is Fate.UNWANTED
+    assert story.engine.fate("run/fit/9/a", "a") is Fate.UNWANTED
+    story.update("a", 1)
+    assert story.engine.fate(task, "a") is Fate.HERE
+    story.update("b", 1)
+    assert story.engine.fate(task, "a") is Fate.HERE  # its commit may still fail
+    story.commit()
+    assert story.engine.fate(task, "a") is Fate.COMMITTED
+    story.happens(e.TaskFailed(client_id="a", task_id="run/fit/2/a", reason="no"))
+    assert story.engine.fate("run/fit/2/a", "a") is Fate.UNWANTED
+
+
+def test_an_update_that_is_held_is_here_and_one_of_a_lost_client_is_awaited() -> None:
+    story = Story(min_fit_clients=2, min_available_clients=3)
+    story.join("a", "b", "c")
+    story.update("a", 1)
+    story.update("b", 1)
+    story.update("c", 1)  # while the commit is under way
+    assert story.engine.fate("run/fit/1/c", "c") is Fate.HERE
+    story.commit()
+    story.happens(e.ClientLeft(client_id="a", session="a", reason="bye"))
+    assert story.engine.fate("run/fit/2/a", "a") is Fate.AWAITED
