@@ -267,11 +267,6 @@ class Engine:
             if self._round is not None and self._round.recheck_at <= self._now < self._round.closes_at:
                 self._grow_cohort()
             self._close_if_due()
-        if self._evaluation_due and self._model_ready:
-            self._evaluation_due = False
-            self._open_evaluation(self._committed_rounds)
-            self._out += self._follow_up
-            self._follow_up = []
         self._close_evaluations()
         self._end_if_due()
         out, self._out = self._out, []
@@ -388,9 +383,13 @@ class Engine:
 
     def _open_if_possible(self) -> None:
         needed = 1 if self._number or self._restored_cohort else self._config.start_clients
-        if not self._model_ready or self._stop is not None or len(self._members) < needed:
+        is_over = self._number >= self._config.num_rounds  # resumed after its last commit: nobody need be there
+        if not self._model_ready or self._stop is not None or (len(self._members) < needed and not is_over):
             return
-        if self._number >= self._config.num_rounds:  # resumed after its last commit
+        if self._evaluation_due:  # before the round takes its clients
+            self._evaluation_due = False
+            self._open_evaluation(self._number)
+        if is_over:
             self._phase = Phase.DRAINING
             return
         self._number += 1
@@ -466,10 +465,13 @@ class Engine:
         """Members that are idle and have not been asked in this round: nobody gets a backlog of tasks."""
         return [m.client_id for m in self._members if m.client_id not in round_.cohort and not self._is_busy(m)]
 
-    def _is_busy(self, member: Member) -> bool:
-        """Still within its time; one beyond it is asked again, for it may have lost its task altogether."""
+    def _is_busy(self, member: Member, *, through: float = math.inf) -> bool:
+        """Whether it works on a task of round `through` or before, and still has time for it.
+
+        One beyond its time is asked again, for it may have lost its task altogether.
+        """
         task = self._tasks.get(member.fit_task or "")
-        return task is not None and self._now < task.due_at
+        return task is not None and self._now < task.due_at and task.round <= through
 
     def _new_task(self, round_: _Round, client_id: str) -> c.SendFitTask:
         task_id = self._task_id("fit", round_.number, client_id)
@@ -746,7 +748,7 @@ class Engine:
 
     def _open_evaluation(self, round_: int) -> None:
         """Clients that still train for an earlier round are not asked: they would hold the result up."""
-        idle = [member.client_id for member in self._members if not self._is_busy(member)]
+        idle = [member.client_id for member in self._members if not self._is_busy(member, through=round_)]
         size = math.ceil(self._config.fraction_evaluate * len(self._members) - 1e-9)
         chosen = sample(self._seed, round_, "evaluate", idle, size)
         if not chosen:
