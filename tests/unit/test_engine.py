@@ -839,16 +839,22 @@ def test_a_run_that_was_committed_to_its_end_only_ends() -> None:
     assert one(said, c.EndRun).finished
 
 
-def test_an_evaluation_that_was_not_complete_is_asked_for_behind_the_tasks_of_the_round() -> None:
-    story = resumed(evaluation_due=True, fraction_evaluate=1.0)
-    said = [
-        command for command in story.happens(e.ModelReady()) if isinstance(command, c.SendFitTask | c.SendEvaluateTask)
-    ]
-    evaluations = all_of(said, c.SendEvaluateTask)
-    assert tasked(said) == {"a", "b", "c"}
-    assert all(isinstance(command, c.SendFitTask) for command in said[:3])
-    assert {(evaluation.round, evaluation.version) for evaluation in evaluations} <= {(1, 1)}
-    assert not all_of(story.wait(0), c.SendEvaluateTask)
+def test_a_run_that_was_committed_to_its_end_ends_though_nobody_is_there() -> None:
+    story = resumed(rounds=3, clients="", evaluation_due=True, fraction_evaluate=1.0)
+    assert one(story.happens(e.ModelReady()), c.EndRun).finished
+
+
+@pytest.mark.parametrize("tasks", [(), (was("a", 2), was("b", 2), was("c", 2))])
+def test_an_evaluation_that_was_not_complete_is_asked_for_behind_the_tasks_of_the_round(
+    tasks: tuple[RestoredTask, ...],
+) -> None:
+    story = resumed(*tasks, evaluation_due=True, fraction_evaluate=1.0)
+    said = story.happens(e.ModelReady())
+    sent = [command for command in said if isinstance(command, c.SendFitTask | c.SendEvaluateTask)]
+    assert [type(command) for command in sent] == [c.SendFitTask] * 3 + [c.SendEvaluateTask] * 3
+    assert {command.client_id for command in sent[3:]} == {"a", "b", "c"}
+    assert {(command.round, command.version) for command in all_of(said, c.SendEvaluateTask)} == {(1, 1)}
+    assert not all_of(story.happens(e.TasksInDoubt(client_id="x")), c.SendEvaluateTask)
 
 
 def test_the_last_evaluation_of_a_run_is_done_before_it_ends() -> None:
@@ -923,7 +929,7 @@ def test_tasks_in_doubt_are_sent_again_to_those_who_have_not_answered() -> None:
 
 
 def test_tasks_sent_again_have_the_time_that_is_left_and_change_nothing() -> None:
-    story = Story(min_fit_clients=2)
+    story = Story(min_fit_clients=2, lease_s=1000.0)
     story.join("a", "b")
     story.wait(30)
     before = story.engine.next_deadline()
