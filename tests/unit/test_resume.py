@@ -368,6 +368,8 @@ async def test_evaluations_that_were_under_way_are_done_after_the_resume(tmp_pat
         serving = story.resume_server()
         await story.until(o.RunResumed)
         hold_clients.set()
+        if num_rounds > 2:
+            await story.until(o.RoundOpened, 2, round=3)  # everybody is at work
         hold_fits.let_go()
         history = await serving
     assert [record.central.loss for record in history.rounds if record.central] == list(range(1, num_rounds + 1))
