@@ -636,6 +636,38 @@ async def test_an_update_that_is_sent_twice_is_folded_once_and_leaves_nothing_in
     assert set(counting.asked.values()) == {1}
 
 
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize("acked", [1, 3, 5, 11])
+async def test_a_server_killed_in_the_middle_of_its_acknowledgements_leaves_no_parts_without_a_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, acked: int
+) -> None:
+    counting = Counting(50_000)
+    expected = await bits_without_faults(counting)
+    settle_all = UpdateIntake.settle_all
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        pause = Pause()
+
+        async def settle_some(intake: UpdateIntake, tokens: list[int]) -> None:
+            if len(story.told(o.RoundClosed)) != 2 or story.told(o.RunResumed):
+                return await settle_all(intake, tokens)
+            updates = [intake.get(token) for token in tokens]
+            deliveries = [delivery for update in updates for delivery in update.in_settling_order()]
+            assert len(deliveries) == 12
+            await intake._consumer.ack(*deliveries[:acked])
+            return await pause.here()
+
+        monkeypatch.setattr(UpdateIntake, "settle_all", settle_some)
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await pause.reached()
+        await story.kill_server()
+        history = await story.resume_server()
+        story.check_whole(history, CLIENTS, 4)
+        assert story.bits() == expected
+    assert set(counting.asked.values()) == {1}
+
+
 # ---- connections that come and go ------------------------------------------------------------------------------------
 
 
