@@ -186,6 +186,11 @@ class Ledger:
                 "UPDATE run SET head = ?, seconds = ?", (json.dumps(plain(history.head())), history.seconds)
             )
 
+    def check_not_fenced(self) -> None:
+        """Raise `Fenced` when a later server has taken the run over."""
+        with self._lock, _writing():
+            self._check_epoch()
+
     def receipt_of(self, task_id: str, client_id: str) -> tuple[int, int] | None:
         """(round, staleness) with which this client's update is committed, however long ago; None when it is not."""
         query = "SELECT round, staleness FROM folded WHERE task_id = ? AND client_id = ?"

@@ -634,6 +634,9 @@ class Server:
     async def _settle(self, command: c.Settle) -> None:
         """Acknowledge only now: the effect is durable, or there will be none."""
         assert self._intake is not None
+        # A quorum queue gives to every consumer, whoever asked to be alone: what means nothing to us may be an update
+        # that our successor waits for, and is lost once we acknowledge it.
+        self._ledger.check_not_fenced()
         await self._intake.settle(command.delivery, keep_in_broker=command.outcome is Outcome.RELEASED)
         if command.outcome is Outcome.DUPLICATE and command.round:
             await self._send_receipt(command)  # the first one may be lost
