@@ -469,6 +469,7 @@ class Server:
         while True:
             await self._in_doubt.wait()
             self._in_doubt.clear()
+            self._ledger.check_not_fenced()  # the broker may have been away for us alone, and another server gone on
             await intake.quiet(_REDELIVERY_PAUSE_S, _REDELIVERY_MOST_S)
             self._events.put(e.TasksInDoubt())
 
