@@ -20,6 +20,7 @@ import fedbus.bus.supervised
 import fedbus.server.runtime
 from fedbus.bus.topology import CONTROL, TASKS, UPDATES, inbox
 from fedbus.client.outbox import Entry, Outbox
+from fedbus.client.runtime import ClientRuntime
 from fedbus.errors import ConfigError, QueueBusy
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
@@ -264,6 +265,31 @@ async def test_updates_that_the_broker_lost_are_sent_again_without_being_trained
     assert set(counting.asked.values()) == {1}
 
 
+async def test_updates_that_the_broker_still_has_are_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting()
+    sent: list[str] = []
+    deliver = Outbox.deliver
+
+    async def counted(outbox: Outbox, entry: Entry) -> None:
+        sent.append(entry.task.task_id)
+        await deliver(outbox, entry)
+
+    monkeypatch.setattr(Outbox, "deliver", counted)
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        pause = Pause()
+        _before_the_last_fold(monkeypatch, pause)
+        story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await pause.reached()
+        await story.kill_server()
+        history = await story.resume_server()
+        story.check_whole(history, CLIENTS, 4)
+    assert len(sent) == len(set(sent)) == 12
+
+
 async def test_a_fit_that_failed_before_the_kill_stays_failed_after_it(tmp_path: Path) -> None:
     counting = Counting()
 
@@ -291,6 +317,28 @@ async def test_a_fit_that_failed_before_the_kill_stays_failed_after_it(tmp_path:
         set(CLIENTS),
     ]
     assert counting.asked["c2", 2] == 1
+
+
+async def test_a_failure_stays_known_when_its_client_is_gone_for_good(tmp_path: Path) -> None:
+    counting = Counting()
+
+    def fail(client: str, round_: int) -> None:
+        if (client, round_) == ("c2", 2):
+            raise ValueError("no data today")
+
+    counting.hooks.append(fail)
+    hold = Hold(counting, ("c3", 2))
+    async with federation(counting.app(rounds={"lease_s": 0.4}), run_dir=tmp_path) as story:
+        story.start_server()
+        clients = {client: story.start_client(client) for client in CLIENTS}
+        await story.until(c.FitFailed, client_id="c2", round=2)
+        await story.kill_server()
+        await story.kill("c2", clients["c2"])
+        serving = story.resume_server()
+        hold.let_go()
+        history = await serving
+    assert history.rounds[1].failed == {"c2": "fit raised ValueError: no data today"}
+    assert history.rounds[1].lost == []
 
 
 async def test_a_failure_that_nobody_heard_of_is_told_again_and_not_trained_again(tmp_path: Path) -> None:
@@ -543,6 +591,15 @@ async def test_a_server_that_was_given_up_and_comes_back_is_fenced(
             pause.in_thread()
         original(ledger, record, rows, **rest)
 
+    goodbyes: list[m.RunEnded] = []
+    take = ClientRuntime._take
+
+    def noting(client: ClientRuntime, message: m.Message) -> None:
+        if isinstance(message, m.RunEnded):
+            goodbyes.append(message)
+        take(client, message)
+
+    monkeypatch.setattr(ClientRuntime, "_take", noting)
     monkeypatch.setattr(Ledger, "commit_round", hang_in_round_2)
     async with federation(counting.app(), run_dir=tmp_path, supervised=True) as story:
         old_serving = story.start_server()
@@ -570,7 +627,8 @@ async def test_a_server_that_was_given_up_and_comes_back_is_fenced(
         for client in clients:
             ended = await client
             assert ended is not None
-            assert (ended.finished, ended.epoch) == (True, 2)
+            assert ended.finished
+        assert {goodbye.epoch for goodbye in goodbyes} == {2}
         story.check_whole(history, CLIENTS, 4)
         assert story.bits() == expected
     assert set(counting.asked.values()) == {1}
@@ -690,6 +748,26 @@ async def test_connections_dropped_at_any_moment_cost_no_update_and_no_bit(tmp_p
         story.check_whole(history, CLIENTS, 6)
         assert story.bits() == expected
         assert history.clients_lost == []
+    assert set(counting.asked.values()) == {1}
+
+
+async def test_what_was_lost_while_there_was_no_connection_is_asked_for_again_without_training() -> None:
+    counting = Counting()
+    expected = await bits_without_faults(counting)
+    hold = Hold(counting, *((client, 2) for client in CLIENTS))
+    async with federation(counting.app(), supervised=True) as story:
+        serving = story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await story.until(o.TaskStarted, 3, round=2)
+        let_back = story.cut_off("server")
+        hold.let_go()
+        await story.until(o.TaskCompleted, 3, round=2)
+        story.broker.purge(UPDATES)
+        let_back.set()
+        history = await serving
+        story.check_whole(history, CLIENTS, 4)
+        assert story.bits() == expected
     assert set(counting.asked.values()) == {1}
 
 

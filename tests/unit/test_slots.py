@@ -164,6 +164,7 @@ async def test_never_more_is_on_its_way_than_one_update_and_the_low_water(monkey
         most = max(most, slots._to_come())
 
     monkeypatch.setattr(UploadSlots, "pump", measuring)
+    monkeypatch.setattr(fedbus.client.outbox, "_ASK_EVERY_S", 60.0)  # nobody needs to ask twice
     counting = Counting(SIZE)
     async with federation(counting.app(num_clients=6, num_rounds=3)) as story:
         history = await story.run(*SIX)
