@@ -21,7 +21,7 @@ import fedbus.server.runtime
 from fedbus.bus.topology import CONTROL, TASKS, UPDATES, inbox
 from fedbus.client.outbox import Entry, Outbox
 from fedbus.client.runtime import ClientRuntime
-from fedbus.errors import ConfigError, QueueBusy
+from fedbus.errors import ConfigError, QueueBusy, RunFailed
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
@@ -276,6 +276,14 @@ async def test_updates_that_the_broker_still_has_are_not_asked_for_again(
         sent.append(entry.task.task_id)
         await deliver(outbox, entry)
 
+    receive = UpdateIntake.receive
+
+    async def late(intake: UpdateIntake) -> None:
+        await asyncio.sleep(0.03)  # a real broker takes its time to give them again
+        await receive(intake)
+
+    monkeypatch.setattr(fedbus.server.runtime, "_REDELIVERY_PAUSE_S", 0.2)
+    monkeypatch.setattr(UpdateIntake, "receive", late)
     monkeypatch.setattr(Outbox, "deliver", counted)
     async with federation(counting.app(), run_dir=tmp_path) as story:
         pause = Pause()
@@ -692,6 +700,55 @@ async def test_an_update_that_is_sent_twice_is_folded_once_and_leaves_nothing_in
         story.check_whole(history, CLIENTS, 4)
         assert story.bits() == expected
     assert set(counting.asked.values()) == {1}
+
+
+@pytest.mark.usefixtures("_small_parts")
+async def test_a_part_that_comes_once_more_after_its_commit_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(50_000)
+    hold = Hold(counting, ("c1", 2))
+    sent: list[tuple[Outbox, Entry]] = []
+    keep = Outbox.keep
+
+    def noting(outbox: Outbox, entry: Entry) -> None:
+        sent.append((outbox, entry))
+        keep(outbox, entry)
+
+    monkeypatch.setattr(Outbox, "keep", noting)
+    async with federation(counting.app()) as story:
+        serving = story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await story.until(o.ReceiptArrived, 3, round=1)
+        outbox, entry = sent[0]
+        await story.links["c1"].publish(UPDATES, "", encode(outbox._message(entry, 1)))
+        hold.let_go()
+        story.check_whole(await serving, CLIENTS, 4)
+
+
+async def test_the_updates_of_a_run_that_was_stopped_are_in_it_once_it_goes_on(tmp_path: Path) -> None:
+    counting = Counting()
+    expected = await bits_without_faults(counting)
+    hold = Hold(counting, ("c2", 2), ("c3", 2))
+    async with federation(counting.app(), run_dir=tmp_path) as story:
+        serving = story.start_server()
+        clients = [story.start_client(client) for client in CLIENTS]
+        await story.until(o.UpdateFolded, client_id="c1", round=2)
+        assert story.server is not None
+        story.server.request_stop("enough for today")
+        with pytest.raises(RunFailed, match="enough for today"):
+            await serving
+        hold.let_go()
+        await asyncio.gather(*clients)
+        assert story.server_bus is not None
+        await story.server_bus.close()
+        for client in CLIENTS:
+            await story.buses[client].close()
+            story.start_client(client)
+        history = await story.resume_server()
+        assert story.bits() == expected
+        assert story.broker.depth(UPDATES) == 0
+    assert (history.finished, history.reason, history.updates) == (True, "all rounds are done", 12)
+    assert counting.asked["c1", 2] == 1
 
 
 @pytest.mark.usefixtures("_small_parts")
