@@ -30,7 +30,7 @@ from tests.faults.fleet import SERVER, Fleet, Stalled
 TARGETS = ("server", "broker", "clients")
 _STARTUP_SHARE, _STARTUP_SHARE_WHEN_LATE = 0.2, 0.8
 """Of the kills, how many fall into the start of what was killed just before: more when the rounds are ahead of them."""
-_STARTUP_S = 0.8
+_STARTUP_S, _STARTUP_S_WHEN_LATE = 0.8, 0.3
 _SETTLED_S = 1.5
 """A quorum queue that was declared less than a second before its node is killed can come back empty."""
 _RESERVE = 1
@@ -125,8 +125,9 @@ class Campaign:
         Whether it is the former.
         """
         late = self._fleet.log.round / self._fleet.settings.rounds > self.result.kills / self.result.kills_wanted
-        if self.result.kills and self._rng.random() < (_STARTUP_SHARE_WHEN_LATE if late else _STARTUP_SHARE):
-            self._pause(self._rng.uniform(0, _STARTUP_S))
+        share, most_s = (_STARTUP_SHARE_WHEN_LATE, _STARTUP_S_WHEN_LATE) if late else (_STARTUP_SHARE, _STARTUP_S)
+        if self.result.kills and self._rng.random() < share:
+            self._pause(self._rng.uniform(0, most_s))
             return True
         kills_left = self.result.kills_wanted - self.result.kills
         lines_a_round = self._fleet.settings.clients + 2
