@@ -213,7 +213,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model-mib", type=float, default=0.004)
-    parser.add_argument("--fit-s", type=float, default=0.05)
+    parser.add_argument("--fit-s", type=float, default=0.1)
     parser.add_argument("--keep", type=Path, help="folder for logs, journals and run folders; default: thrown away")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     given = parser.parse_args()
