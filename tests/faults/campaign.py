@@ -35,6 +35,8 @@ _SETTLED_S = 1.5
 """A quorum queue that was declared less than a second before its node is killed can come back empty."""
 _RESERVE = 1
 """Rounds that are left to the end: a kill must fall while rounds are open."""
+_PLANNED = 0.9
+"""Share of the rounds into which the kills are planned: the rest takes those that are late."""
 _STALLED_S = 90.0
 
 
@@ -124,14 +126,15 @@ class Campaign:
 
         Whether it is the former.
         """
-        late = self._fleet.log.round / self._fleet.settings.rounds > self.result.kills / self.result.kills_wanted
+        planned = _PLANNED * self._fleet.settings.rounds
+        late = self._fleet.log.round / planned > self.result.kills / self.result.kills_wanted
         share, most_s = (_STARTUP_SHARE_WHEN_LATE, _STARTUP_S_WHEN_LATE) if late else (_STARTUP_SHARE, _STARTUP_S)
         if self.result.kills and self._rng.random() < share:
             self._pause(self._rng.uniform(0, most_s))
             return True
         kills_left = self.result.kills_wanted - self.result.kills
         lines_a_round = self._fleet.settings.clients + 2
-        lines = lines_a_round * self._rounds_left() / (kills_left + 1)
+        lines = lines_a_round * max(0.0, planned - self._fleet.log.round) / (kills_left + 1)
         self._await_progress(round(self._rng.uniform(0, 1.8 * lines)))
         self._pause(self._rng.uniform(0, 0.02))
         return False
