@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
+import secrets
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -52,6 +54,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._pages: np.memmap[Any, Any] | None = None
         if not resume and any((path / name).exists() for name in ("history.json", "ledger.sqlite")):
             raise ConfigError(
                 f"the run folder {path} holds a run already: name another one, or go on with that one (--resume)"
@@ -97,10 +100,10 @@ class RunFolder:
 
     def settle_checkpoint(self, version: int) -> None:
         """The ledger names `version` now: make it model.safetensors, too, and delete the others."""
-        link = self.path / f".model.{os.getpid()}"
-        link.unlink(missing_ok=True)
+        link = self.path / f".model.{secrets.token_hex(4)}"
         os.link(self._checkpoint(version), link)
         link.replace(self.path / "model.safetensors")
+        link.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
         for other in (self.path / "checkpoints").iterdir():
             if other != self._checkpoint(version):
                 other.unlink(missing_ok=True)
@@ -111,10 +114,16 @@ class RunFolder:
         Raises `ConfigError` when they are not there, or are of another run.
         """
         path = self._checkpoint(version)
-        tensors, metadata = map_model(path)
+        tensors, metadata, self._pages = map_model(path)
         if (metadata.get("run_id"), metadata.get("version")) != (run_id, str(version)):
             raise ConfigError(f"{path} is not version {version} of run {run_id}: the run cannot be resumed")
         return tensors
+
+    def release_pages(self) -> None:
+        """Give the memory back that reading the loaded checkpoint took; what is read again comes from the file."""
+        if self._pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+            pages: mmap.mmap = self._pages._mmap  # type: ignore[attr-defined]  # numpy has no other way to it
+            pages.madvise(mmap.MADV_DONTNEED)
 
     def _checkpoint(self, version: int) -> Path:
         return self.path / "checkpoints" / f"model-{version}.safetensors"
@@ -161,11 +170,19 @@ def save_model(path: Path, model: Tensors, metadata: dict[str, str]) -> None:
 
 def load_model(path: Path) -> dict[str, Array]:
     """The tensors in a model.safetensors, bfloat16 too, in the model's order. Raises `ConfigError` when it is none."""
-    return {name: np.array(value) for name, value in map_model(path)[0].items()}
+    return {name: np.array(value) for name, value in map_model(path).tensors.items()}
 
 
-def map_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a safetensors file as read-only pages of it, in the model's order, and its metadata.
+class MappedModel(NamedTuple):
+    """A model that lies in a file: its tensors, in their order, are views of `pages`."""
+
+    tensors: dict[str, Array]
+    metadata: dict[str, str]
+    pages: np.memmap[Any, Any]
+
+
+def map_model(path: Path) -> MappedModel:
+    """The model in a safetensors file, read-only: memory is taken only for what is read.
 
     Raises `ConfigError` when it cannot be read or is no such file.
     """
@@ -175,11 +192,11 @@ def map_model(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             if size > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {size} bytes")
             header = json.loads(file.read(size))
-        raw: np.ndarray[Any, Any] = np.memmap(path, np.uint8, mode="r")
+        raw: np.memmap[Any, Any] = np.memmap(path, np.uint8, mode="r")
         metadata = dict(header.pop("__metadata__", {}))
         tensors = {name: _tensor(raw, 8 + size, **entry) for name, entry in header.items()}
         order = json.loads(metadata.get("order", "[]")) or list(tensors)
-        return {name: tensors[name] for name in order}, metadata
+        return MappedModel({name: tensors[name] for name in order}, metadata, raw)
     except OSError as exc:
         raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as exc:
@@ -196,7 +213,7 @@ def _tensor(raw: Array, start: int, *, dtype: str, shape: list[int], data_offset
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file so that a crash leaves the old one or the new one: fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # a server that was replaced may write, too
     try:
         with temporary.open("wb") as file:
             write(file)

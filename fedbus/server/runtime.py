@@ -119,7 +119,7 @@ class _AdoptJob:
     update: StagedUpdate
 
 
-_Job: TypeAlias = _FoldJob | _AdoptJob | c.Commit
+_Job: TypeAlias = c.RoundOpened | _FoldJob | _AdoptJob | c.Commit
 
 
 class Server:
@@ -245,10 +245,10 @@ class Server:
             control = await self._alone(stack, CONTROL, prefetch=_CONTROL_PREFETCH)
             # No bound: the parts of all updates that a round needs stay unacknowledged until its commit.
             updates = await self._alone(stack, UPDATES, prefetch=0)
-            model = await self._open_run()  # only now: nobody else serves it
+            await self._open_run()  # only now: nobody else serves it
             if self._history.finished:
                 return
-            engine = self._engine = self._make_engine(has_model=model is not None)
+            engine = self._engine = self._make_engine(has_model=self._model is not None)
             self._intake = UpdateIntake(
                 updates,
                 engine,
@@ -258,7 +258,7 @@ class Server:
                 grant=self._grant,
                 stalled_after_s=self._stalled_after_s,
             )
-            await self._work(engine, self._intake, model, control)
+            await self._work(engine, self._intake, control)
 
     async def _declare(self) -> None:
         try:
@@ -280,8 +280,8 @@ class Server:
 
     # ---- the run, from its begin or its last commit --------------------------------------------------------------
 
-    async def _open_run(self) -> dict[str, Array] | None:
-        """Begin the run, or take it over; the model to go on with, None when a client is to give it."""
+    async def _open_run(self) -> None:
+        """Begin the run, or take it over, with the model to go on with, unless a client is to give it."""
         self._ledger = Ledger(None if self._folder is None else self._folder.ledger)
         if self._ledger.holds_a_run:
             last = self._last_commit = self._ledger.take_over(max_staleness=self._app.rounds.max_staleness)
@@ -298,14 +298,15 @@ class Server:
         if self._history.finished:
             assert self._folder is not None
             await asyncio.to_thread(self._folder.save_history, self._history)
-            return None
+            return
         self._history.settings, self._history.reason = _settings(self._app), ""
         self._tell_start()
         if self._last_commit is None or self._last_commit.version is None:
-            return await self._initial_model()
+            self._model = await self._initial_model()
+            return
         assert self._folder is not None
         self._version = self._last_commit.version
-        return self._folder.load_checkpoint(self._version, run_id=self._run_id)
+        self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
 
     def _tell_start(self) -> None:
         rounds = self._app.rounds
@@ -346,9 +347,7 @@ class Server:
             return False
         return records[-1].version > (records[-2].version if len(records) > 1 else 0)
 
-    async def _work(
-        self, engine: Engine, intake: UpdateIntake, model: dict[str, Array] | None, control: Consumer
-    ) -> None:
+    async def _work(self, engine: Engine, intake: UpdateIntake, control: Consumer) -> None:
         async with asyncio.TaskGroup() as group:
             work: list[Coroutine[Any, Any, None]] = [
                 self._bus.closed(),
@@ -366,19 +365,20 @@ class Server:
             ]
             tasks = [group.create_task(coroutine) for coroutine in work]
             if self._last_commit is not None and self._last_commit.version is not None:
-                assert model is not None
-                await self._go_on(intake, model)
-            elif model is not None:
-                await self._adopt(model)
+                await self._go_on(intake)
+            elif self._model is not None:
+                await self._begin_with(self._model)
             await self._ended.wait()
             for task in (*tasks, *self._sending):
                 task.cancel()
 
     async def _initial_model(self) -> dict[str, Array] | None:
+        """A copy: the app's own arrays may change."""
         try:
-            return await self._user_thread.call(self._app.initial_model)
+            model = await self._user_thread.call(self._app.initial_model)
         except Exception as exc:  # the user's own code
             raise ConfigError(f"initial_parameters raised {_describe(exc)}") from exc
+        return None if model is None else _frozen({name: value.copy() for name, value in model.items()})
 
     def _tell(self, event: object) -> None:
         for observe in self._observers:
@@ -606,6 +606,8 @@ class Server:
                 self._members_changed.set()
                 if self._intake is not None:
                     self._intake.slots.release_client(notice.client_id)
+            case c.RoundOpened():
+                self._jobs.put_nowait(notice)
             case c.FitFailed():
                 self._last_failure = f"{notice.client_id}: {notice.reason}"
                 task_id = f"{self._run_id}/fit/{notice.round}/{notice.client_id}"
@@ -710,21 +712,26 @@ class Server:
         while True:
             job = await self._jobs.get()
             match job:
+                case c.RoundOpened():
+                    await self._begin_round()
                 case _FoldJob():
                     await self._fold(job)
                 case _AdoptJob():
-                    assert job.update.tensors is not None
-                    await self._adopt(job.update.tensors)
+                    await self._adopt(job.update)
                 case c.Commit():
                     await self._commit(job)
             self._jobs.task_done()
 
+    async def _begin_round(self) -> None:
+        """Make the sums ready while the clients are at work; those of a round that had no update serve again."""
+        assert self._model is not None
+        if self._fold_state is None:
+            self._fold_state = await self._aside(self._app.strategy.init, self._model)
+            self._release_pages()
+
     async def _fold(self, job: _FoldJob) -> None:
         strategy, staged, command = self._app.strategy, job.update, job.command
-        assert self._model is not None
         assert staged.tensors is not None
-        if self._fold_state is None:
-            self._fold_state = await self._aside(strategy.init, self._model)
         update = ClientUpdate(
             client_id=staged.client_id,
             delta=staged.tensors,
@@ -753,12 +760,19 @@ class Server:
             )
         )
 
-    async def _adopt(self, model: Tensors) -> None:
-        """Make `model` version 0 and publish it."""
-        self._model = _frozen({name: value.copy() for name, value in model.items()})
+    async def _adopt(self, update: StagedUpdate) -> None:
+        """Begin with the model that a client gave."""
+        assert update.tensors is not None
+        self._model = _frozen({name: value.copy() for name, value in update.tensors.items()})
+        update.tensors = None
+        await self._begin_with(self._model)
+
+    async def _begin_with(self, model: Tensors) -> None:
+        """Publish version 0."""
         assert self._intake is not None
-        self._model_bytes = sum(value.nbytes for value in self._model.values())
-        self._intake.expect(self._model)
+        self._model_bytes = sum(value.nbytes for value in model.values())
+        self._intake.expect(model)
+        del model
         publishing = await self._publish(self._make_initial_durable())
         self._events.put(e.ModelReady())
         await publishing
@@ -777,9 +791,9 @@ class Server:
                 self._folder.save_checkpoint(self._model, run_id=self._run_id, version=self._version)
             commit()
 
-    async def _go_on(self, intake: UpdateIntake, model: dict[str, Array]) -> None:
+    async def _go_on(self, intake: UpdateIntake) -> None:
         """Go on from the last commit: what the broker gives again is taken in before tasks are repeated."""
-        self._model = _frozen(model)
+        assert self._model is not None
         self._model_bytes = sum(value.nbytes for value in self._model.values())
         intake.expect(self._model)
         await self._tidy()
@@ -794,6 +808,7 @@ class Server:
         await intake.quiet(_REDELIVERY_PAUSE_S, _REDELIVERY_MOST_S)
         self._events.put(e.ModelReady())
         await publishing
+        self._release_pages()
 
     async def _commit(self, command: c.Commit) -> None:
         assert self._model is not None
@@ -903,8 +918,12 @@ class Server:
 
     def _let_go_of_memory(self) -> None:
         """Read the model from its checkpoint from now on: it is needed again only when the round closes."""
-        if self._folder is not None:
+        if self._folder is not None and self._model_bytes > _SMALL_BYTES:
             self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
+
+    def _release_pages(self) -> None:
+        if self._folder is not None:
+            self._folder.release_pages()
 
     async def _tidy(self) -> None:
         """What may lag behind the ledger: history.json, model.safetensors, and the end of older checkpoints."""

@@ -58,7 +58,8 @@ class ExactSum:
         self._exponent = max(unit_exponent, _LOWEST_UNIT)
         self._main = 1 if is_fine else 0
         self._dense = self._main + 1
-        self._levels = {level: np.zeros(size, np.int64) for level in range(self._dense)}
+        # Filled, not np.zeros: their pages are there before the first update is, not one by one while it waits.
+        self._levels = {level: np.full(size, 0, np.int64) for level in range(self._dense)}
         self._spoiled: NDArray[np.bool_] | None = None
 
     def begin(self) -> None:

@@ -42,7 +42,7 @@ def odd_model() -> dict[str, Array]:
 def test_every_tensor_comes_back_as_it_went_and_in_its_order(tmp_path: Path) -> None:
     model = odd_model()
     save_model(tmp_path / "m", model, {"run_id": "r"})
-    mapped, metadata = map_model(tmp_path / "m")
+    mapped, metadata, _ = map_model(tmp_path / "m")
     for read in (mapped, load_model(tmp_path / "m")):
         assert list(read) == list(model)
         for name, value in model.items():

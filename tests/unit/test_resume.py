@@ -627,7 +627,7 @@ async def test_a_server_that_was_given_up_and_comes_back_is_fenced(
                 await old_serving
         else:
             let_back.set()
-            with pytest.raises(QueueBusy):
+            with pytest.raises((QueueBusy, Fenced)):
                 await old_serving
             pause.go_on()
             hold.let_go()
