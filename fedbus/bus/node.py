@@ -35,6 +35,7 @@ _NODENAME = "fedbus@localhost"  # part of the data's path: it must not change wi
 _KEEPER = Path(__file__).with_name("_keeper.py")
 _SYSTEM_FOLDERS = ("/usr/lib/rabbitmq/bin", "/usr/lib/rabbitmq/sbin")
 _BREW_PREFIXES = ("/opt/homebrew", "/usr/local", "/home/linuxbrew/.linuxbrew")
+_WAL_BYTES = 64 << 20
 _ATTEMPTS = 3  # a free port can be lost to somebody else before the broker binds it
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
@@ -577,6 +578,8 @@ def _prepare(settings: _Settings) -> str:
         # 24 h instead of 30 min: a delivery is acknowledged only when its round is committed
         "consumer_timeout = 86400000\n"
         "disk_free_limit.absolute = 50MB\n"
+        # The log of the quorum queues lies in memory, too, and then once more while it is moved: 512 MiB by default.
+        f"raft.wal_max_size_bytes = {_WAL_BYTES}\n"
         "log.console = false\n"
         "log.file.level = warning\n",
     )
