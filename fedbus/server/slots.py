@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-STAGING_BYTES: Final = 256 << 20
+STAGING_BYTES: Final = 128 << 20
 """What may be under way at a time; one upload always may, however large."""
 
 LOW_WATER: Final = 16 << 20
