@@ -45,6 +45,8 @@ async def serve(
 
     def on_state(state: LinkState) -> None:
         _tell(observers, _link_event(state))
+        if state.kind == "lost" and server is not None:
+            server.connection_lost()
         if state.kind == "restored" and server is not None:
             server.connection_restored()
 

@@ -38,6 +38,9 @@ class App:
         fit_config, evaluate_config: settings sent with the tasks; a mapping, or a function of the round.
         update_queue: the kind of queue that updates wait in: "quorum" outlives the loss of a broker node, "classic"
             is quicker where there is only one. It is settled when the queue is made.
+        message_queues: the kind of queue that everything else waits in, one for each client and two more: "classic"
+            is quick, for any number of clients, and out of use while its node is down; "quorum" is for clusters, up to
+            some thousand clients, and goes on without one of three nodes. It is settled when the queues are made.
         seed: of the cohorts; also sent to clients as "seed" in the fit config unless that is set there.
 
     Raises:
@@ -52,6 +55,7 @@ class App:
     fit_config: ConfigFn = field(default_factory=dict)
     evaluate_config: ConfigFn = field(default_factory=dict)
     update_queue: Literal["quorum", "classic"] = "quorum"
+    message_queues: Literal["classic", "quorum"] = "classic"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,8 +65,9 @@ class App:
             raise ConfigError(f"strategy must be a fedbus Strategy such as FedAvg(), not {self.strategy!r}")
         if not isinstance(self.rounds, RoundConfig):
             raise ConfigError(f"rounds must be a RoundConfig, not {self.rounds!r}")
-        if self.update_queue not in ("quorum", "classic"):
-            raise ConfigError(f"update_queue must be 'quorum' or 'classic', not {self.update_queue!r}")
+        for setting in ("update_queue", "message_queues"):
+            if getattr(self, setting) not in ("quorum", "classic"):
+                raise ConfigError(f"{setting} must be 'quorum' or 'classic', not {getattr(self, setting)!r}")
         _check_takes(self.client_fn, "client_fn", "(context)", 1)
         if self.evaluate_fn is not None:
             if not callable(self.evaluate_fn):

@@ -9,7 +9,7 @@
     │   ├── BrokerDenied        wrong password, wrong vhost, missing right
     │   ├── BrokerClosed        the connection or channel ended under us
     │   ├── QueueMissing        nothing of that name to consume
-    │   ├── QueueBusy           somebody else consumes it exclusively
+    │   ├── QueueBusy           another connection holds the name
     │   ├── QueueMismatch       it exists with other settings
     │   ├── Unroutable          a mandatory message that no queue takes
     │   ├── PublishUnconfirmed  refused by the broker, or no word of it in time
@@ -62,7 +62,7 @@ class QueueMissing(BrokerError):
 
 
 class QueueBusy(BrokerError):
-    """Another consumer holds the queue exclusively."""
+    """Another connection holds a name that only one may hold."""
 
 
 class QueueMismatch(BrokerError):

@@ -224,6 +224,8 @@ class Federation:
         server: Server | None = None
 
         def on_state(state: LinkState) -> None:
+            if state.kind == "lost" and server is not None:
+                server.connection_lost()
             if state.kind == "restored" and server is not None:
                 server.connection_restored()
 

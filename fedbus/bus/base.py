@@ -6,6 +6,7 @@
   back to its queue, in its old place, and comes again with `redelivered` set. Streams keep everything: there an
   acknowledgement only makes room for more.
 - Deliveries come in the order of publishing, as long as nothing is redelivered.
+- Whoever must be alone holds a name: queues give to every consumer that asks.
 - Every failure is a `BrokerError`.
 """
 
@@ -68,17 +69,15 @@ class Consumer(ABC):
             yield await self.receive()
 
 
-async def consume_alone(
-    bus: Bus, stack: AsyncExitStack, queue: str, *, prefetch: int, patience_s: float = 5.0
-) -> Consumer:
-    """Subscribe exclusively, until `stack` closes.
+async def hold_patiently(bus: Bus, stack: AsyncExitStack, name: str, *, patience_s: float = 5.0) -> None:
+    """Hold `name` until `stack` closes.
 
-    A predecessor that was killed may hold the queue for a moment longer: raises `QueueBusy` only after `patience_s`.
+    A predecessor that was killed may hold it for a moment longer: raises `QueueBusy` only after `patience_s`.
     """
     give_up_at = time.monotonic() + patience_s
     while True:
         try:
-            return await stack.enter_async_context(bus.consume(queue, prefetch=prefetch, exclusive=True))
+            return await stack.enter_async_context(bus.hold(name))
         except QueueBusy:
             if time.monotonic() > give_up_at:
                 raise
@@ -124,13 +123,20 @@ class Bus(ABC):
 
     @abstractmethod
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+        self, queue: str, *, prefetch: int, offset: Offset | None = None
     ) -> AbstractAsyncContextManager[Consumer]:
         """Subscribe to `queue` for the time of the context; what is not settled by its end goes back.
 
         `prefetch` bounds the unsettled deliveries (0: by no more than RabbitMQ can count, 65535; a stream needs one);
-        `offset` is where to begin in a stream. Raises `QueueMissing`, or `QueueBusy` when somebody consumes it
-        exclusively.
+        `offset` is where to begin in a stream. Raises `QueueMissing`.
+        """
+
+    @abstractmethod
+    def hold(self, name: str) -> AbstractAsyncContextManager[None]:
+        """Hold `name` for the time of the context, as the only connection that does; once at a time over one bus.
+
+        It is free again as soon as the broker knows that the connection has ended. Raises `QueueBusy` when another
+        connection holds it.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """The `Bus` in memory: the verified twin of RabbitMQ, for tests and simulations in one process.
 
 It keeps to what the contract suite proves of the real one: prefetch, redelivery in the old order, mandatory returns,
-dead letters, expiry, exclusive consumers, streams with offsets, alarms.
+dead letters, expiry, held names, streams with offsets, alarms.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class MemoryBroker:
         self._clock = clock
         self._exchanges: dict[str, _ExchangeState] = {}
         self._queues: dict[str, _QueueState] = {}
+        self._holders: dict[str, MemoryBus] = {}
         self._places = itertools.count()
         self._buses: set[MemoryBus] = set()
         self._is_stopped = False
@@ -204,6 +205,10 @@ class MemoryBroker:
         queue.ready.sort(key=lambda message: message.place)
         self._dispatch(queue)
 
+    def _release(self, bus: MemoryBus, name: str) -> None:
+        if self._holders.get(name) is bus:
+            del self._holders[name]
+
     def _dead_letter(self, queue: _QueueState, stored: _Stored) -> None:
         if queue.spec.dead_letter_exchange in self._exchanges:
             self._publish(queue.spec.dead_letter_exchange, stored.routing_key, stored.body, stored.user_id, None)
@@ -290,19 +295,15 @@ class MemoryBus(Bus):
                 self.on_blocked(None)
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+        self, queue: str, *, prefetch: int, offset: Offset | None = None
     ) -> AbstractAsyncContextManager[Consumer]:
-        return self._consume(queue, prefetch, offset, exclusive)
+        return self._consume(queue, prefetch, offset)
 
     @asynccontextmanager
-    async def _consume(
-        self, queue: str, prefetch: int, offset: Offset | None, exclusive: bool
-    ) -> AsyncIterator[Consumer]:
+    async def _consume(self, queue: str, prefetch: int, offset: Offset | None) -> AsyncIterator[Consumer]:
         await self._turn()
         state = self._broker._queue(queue)
-        if any(exclusive or consumer.exclusive for consumer in state.consumers):
-            raise QueueBusy(f"consuming {queue}: another consumer holds it exclusively")
-        consumer = _MemoryConsumer(self._broker, state, prefetch, offset, exclusive)
+        consumer = _MemoryConsumer(self._broker, state, prefetch, offset)
         state.consumers.append(consumer)
         self._consumers.add(consumer)
         self._broker._dispatch(state)
@@ -312,6 +313,16 @@ class MemoryBus(Bus):
             self._consumers.discard(consumer)
             consumer._stop(BrokerClosed(f"consuming {queue}: the subscription has ended"), give_back=True)
 
+    @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        await self._turn()
+        if self._broker._holders.setdefault(name, self) is not self:
+            raise QueueBusy(f"holding {name}: another connection does")
+        try:
+            yield
+        finally:
+            self._broker._release(self, name)
+
     def _end(self, reason: BrokerError | None) -> None:
         if self._ended.done():
             return
@@ -320,6 +331,8 @@ class MemoryBus(Bus):
         self._go_on()
         for consumer in list(self._consumers):
             consumer._stop(reason or BrokerClosed("the connection was closed"), give_back=True)
+        for name in list(self._broker._holders):
+            self._broker._release(self, name)
 
     async def closed(self) -> None:
         reason = await asyncio.shield(self._ended)
@@ -331,10 +344,7 @@ class MemoryBus(Bus):
 
 
 class _MemoryConsumer(Consumer):
-    def __init__(
-        self, broker: MemoryBroker, queue: _QueueState, prefetch: int, offset: Offset | None, exclusive: bool
-    ) -> None:
-        self.exclusive = exclusive
+    def __init__(self, broker: MemoryBroker, queue: _QueueState, prefetch: int, offset: Offset | None) -> None:
         self._broker = broker
         self._queue = queue
         self._prefetch = prefetch

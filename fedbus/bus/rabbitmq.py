@@ -94,7 +94,7 @@ def _mapped(doing: str) -> Iterator[None]:
         ) from exc
     except (amqp.ChannelLockedResource, amqp.ChannelAccessRefused) as exc:
         if "exclusive" in _reason(exc):
-            raise QueueBusy(f"{doing}: another consumer holds it exclusively") from exc
+            raise QueueBusy(f"{doing}: another connection does") from exc
         raise BrokerDenied(f"{doing}: the broker says no: {_reason(exc)}") from exc
     except amqp.PublishError as exc:
         raise Unroutable(f"{doing}: no queue takes it") from exc
@@ -301,14 +301,12 @@ class RabbitMQBus(Bus):
             return self._publish_channel
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+        self, queue: str, *, prefetch: int, offset: Offset | None = None
     ) -> AbstractAsyncContextManager[Consumer]:
-        return self._consume(queue, prefetch, offset, exclusive)
+        return self._consume(queue, prefetch, offset)
 
     @asynccontextmanager
-    async def _consume(
-        self, queue: str, prefetch: int, offset: Offset | None, exclusive: bool
-    ) -> AsyncIterator[Consumer]:
+    async def _consume(self, queue: str, prefetch: int, offset: Offset | None) -> AsyncIterator[Consumer]:
         arguments: dict[str, Any] = {} if offset is None else {"x-stream-offset": offset}
         with _mapped(f"consuming {queue}"):
             channel = await self._consuming.channel(publisher_confirms=False)
@@ -316,10 +314,24 @@ class RabbitMQBus(Bus):
             consumer = _RabbitMQConsumer(channel, queue)
             with _mapped(f"consuming {queue}"):
                 await channel.basic_qos(prefetch_count=prefetch or _MOST_UNSETTLED)
-                await channel.basic_consume(queue, consumer.on_message, arguments=arguments, exclusive=exclusive)
+                await channel.basic_consume(queue, consumer.on_message, arguments=arguments)
             yield consumer
         finally:
             await _close_channel(channel)
+
+    @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        """As an exclusive queue: it is known to the whole cluster, and ends with the connection that consumes.
+
+        An exclusive consumer would not do: a quorum queue accepts a second one.
+        """
+        async with self._channel(f"holding {name}") as channel:
+            await channel.queue_declare(name, exclusive=True, arguments={"x-queue-type": "classic"})
+        try:
+            yield
+        finally:
+            with contextlib.suppress(BrokerError):  # it ends with the connection at the latest
+                await self.delete_queue(name)
 
     @asynccontextmanager
     async def _channel(self, doing: str) -> AsyncIterator[AbstractChannel]:

@@ -4,6 +4,9 @@ Three parts. The supervisor, a task, waits for the end of a connection and makes
 connection, try, and when it ends under them say so and wait for the next. Each consumer has a keeper, a task that
 subscribes again on every connection; deliveries go straight from that subscription to whoever receives.
 
+A name that is held is held again on each new connection before anything else goes over it: somebody else may have
+taken our place, and what we would do then is not ours to do.
+
 What the caller must know: a message may arrive twice (its confirm was lost), and what was delivered and not settled
 comes again. Both are true of any broker connection; here nobody has to start anew for it.
 """
@@ -26,7 +29,7 @@ from fedbus.bus.topology import Binding, Exchange, Queue, Topology
 from fedbus.errors import BrokerClosed, BrokerDenied, BrokerError, BrokerUnreachable, PublishUnconfirmed, QueueBusy
 
 _LOGGER = logging.getLogger("fedbus.bus")
-_BUSY_PAUSE_S = 0.5
+_BUSY_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,22 @@ class _Link:
         self.made_at = time.monotonic()
         self.blocked_at: float | None = None
         self.lost = asyncio.Event()
+        self._holds: dict[str, AbstractAsyncContextManager[None]] = {}
+
+    async def hold(self, name: str) -> None:
+        holding = self.bus.hold(name)
+        await holding.__aenter__()
+        self._holds[name] = holding
+
+    async def release(self, name: str) -> None:
+        holding = self._holds.pop(name, None)
+        if holding is not None:
+            await holding.__aexit__(None, None, None)
+
+    async def close(self) -> None:
+        await self.bus.close()
+        for name in list(self._holds):
+            await self.release(name)
 
 
 class _KnownTopology:
@@ -93,8 +112,8 @@ class SupervisedBus(Bus):
         give_up_s: length of an outage after which its last error is final; None: never.
         denied_patience_s: a node that boots refuses users for a moment; when refusals are all we hear for so long, they
             are final.
-        busy_patience_s: how long to ask again for a queue that was ours alone and is busy after a reconnect: our own
-            ghost may hold it until the broker misses its heartbeats.
+        busy_patience_s: how long to ask again for a name that was ours and is held by another after a reconnect: our
+            own ghost may hold it until the broker misses its heartbeats. Then `QueueBusy` is final.
         pause_s, longest_pause_s: before attempt n (0, 1, ...) to connect it sleeps uniform(0, min(longest_pause_s,
             pause_s * 2**n)), "full jitter" (M. Brooker, Exponential Backoff And Jitter, AWS Architecture Blog, 2015).
     """
@@ -126,11 +145,14 @@ class SupervisedBus(Bus):
         self._line: dict[int, asyncio.Future[None]] = {}  # who waits for a connection, by the turn it was started in
         self._known = _KnownTopology()
         self._consumers: set[_SupervisedConsumer] = set()
+        self._holds: set[str] = set()
         self._failure: BrokerError | None = None  # why nothing goes any more
         self._ended: asyncio.Future[BrokerError | None] = asyncio.get_running_loop().create_future()
         self._closing: asyncio.Task[None] | None = None
         self._link: _Link | None = None
-        self._supervisor = asyncio.create_task(self._supervise(self._adopt(first)), name="fedbus bus supervisor")
+        self._supervisor = asyncio.create_task(
+            self._supervise(self._adopt(self._link_over(first))), name="fedbus bus supervisor"
+        )
 
     def __repr__(self) -> str:
         state = "ended" if self._failure else "connected" if self._link else "reconnecting"
@@ -173,17 +195,16 @@ class SupervisedBus(Bus):
                 await asyncio.sleep(self._jitter(attempt))
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+        self, queue: str, *, prefetch: int, offset: Offset | None = None
     ) -> AbstractAsyncContextManager[Consumer]:
         """As any bus, except that the consumer survives reconnects; each delivery's generation counts them.
 
         To settle a delivery of an older generation does nothing: it comes again. A stream goes on behind the last
         offset that was handed out; "next" and "last" apply anew as long as nothing was.
 
-        `receive` raises `QueueMissing` when the queue is gone for good, `QueueBusy` when somebody else has taken a
-        queue that was ours alone.
+        `receive` raises `QueueMissing` when the queue is gone for good.
         """
-        return self._consume(queue, _SupervisedConsumer(self, queue, prefetch, offset, exclusive))
+        return self._consume(queue, _SupervisedConsumer(self, queue, prefetch, offset))
 
     @asynccontextmanager
     async def _consume(self, queue: str, consumer: _SupervisedConsumer) -> AsyncIterator[Consumer]:
@@ -195,6 +216,34 @@ class SupervisedBus(Bus):
         finally:
             await consumer.leave()
             self._consumers.discard(consumer)
+
+    @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        """As any bus, except that it is held over reconnects: nothing goes on until it is ours again.
+
+        When another connection keeps it from us the bus ends, and every operation raises `QueueBusy`.
+        """
+        await self._hold(name)
+        try:
+            yield
+        finally:
+            self._holds.discard(name)
+            if self._link is not None:
+                await self._link.release(name)
+
+    async def _hold(self, name: str) -> None:
+        turn = next(self._turns)
+        while True:
+            link = await self._linked(turn)
+            try:
+                await link.hold(name)
+            except BrokerClosed as exc:
+                self._lose(link, exc)
+            else:
+                if self._link is link:
+                    self._holds.add(name)
+                    return
+                await link.release(name)  # the next connection was made without it
 
     async def closed(self) -> None:
         """Wait for `close`, or raise why there will be no connection any more."""
@@ -218,7 +267,7 @@ class SupervisedBus(Bus):
         await _end_task(self._supervisor)
         if link is not None:
             link.lost.set()
-            await link.bus.close()
+            await link.close()
         for consumer in list(self._consumers):
             await consumer.leave()
 
@@ -254,10 +303,13 @@ class SupervisedBus(Bus):
         if self._failure is not None:
             _raise_anew(self._failure)
 
-    def _adopt(self, bus: Bus) -> _Link:
-        self._link = link = _Link(bus, next(self._generations))
-        self.broker = bus.broker
-        bus.on_blocked = functools.partial(self._note_alarm, link)
+    def _link_over(self, bus: Bus) -> _Link:
+        return _Link(bus, next(self._generations))
+
+    def _adopt(self, link: _Link) -> _Link:
+        self._link = link
+        self.broker = link.bus.broker
+        link.bus.on_blocked = functools.partial(self._note_alarm, link)
         self._wake_line()
         return link
 
@@ -319,7 +371,7 @@ class SupervisedBus(Bus):
             await link.lost.wait()
         finally:
             await _end_task(watching)
-            await link.bus.close()
+            await link.close()
 
     async def _watch(self, link: _Link) -> None:
         try:
@@ -336,7 +388,7 @@ class SupervisedBus(Bus):
             await asyncio.sleep(self._jitter(self._attempts))
             self._attempts += 1
             try:
-                bus = await self._prepared(await self._reconnect())
+                link = await self._prepared(self._link_over(await self._reconnect()))
             except (BrokerUnreachable, BrokerDenied, BrokerClosed, PublishUnconfirmed) as exc:
                 now = time.monotonic()
                 denied_since = (denied_since or now) if isinstance(exc, BrokerDenied) else None
@@ -345,18 +397,30 @@ class SupervisedBus(Bus):
                 if self._give_up_s is not None and now - self._lost_at >= self._give_up_s:
                     raise BrokerUnreachable(f"no connection for {now - self._lost_at:.0f} s: {exc}") from exc
                 continue
-            link = self._adopt(bus)
+            self._adopt(link)
             self._tell("restored", "connected again", time.monotonic() - self._lost_at)
             return link
 
-    async def _prepared(self, bus: Bus) -> Bus:
-        """`bus`, where everything is as it was declared; closed when that cannot be."""
+    async def _prepared(self, link: _Link) -> _Link:
+        """`link`, where all that we held is ours and everything as it was declared; closed when that cannot be."""
         try:
-            await bus.declare(self._known.all())
+            for name in list(self._holds):
+                await self._hold_again(link, name)
+            await link.bus.declare(self._known.all())
         except BaseException:
-            await bus.close()
+            await link.close()
             raise
-        return bus
+        return link
+
+    async def _hold_again(self, link: _Link, name: str) -> None:
+        give_up_at = time.monotonic() + self._busy_patience_s
+        while name in self._holds:
+            try:
+                return await link.hold(name)
+            except QueueBusy as exc:
+                if time.monotonic() > give_up_at:
+                    raise QueueBusy(f"{name} is held by another connection since ours was lost") from exc
+            await asyncio.sleep(_BUSY_PAUSE_S)
 
     def _jitter(self, attempt: int) -> float:
         return self._random.uniform(0, min(self._longest_pause_s, self._pause_s * 2 ** min(attempt, 30)))
@@ -369,15 +433,13 @@ class _Subscription:
 
 
 class _SupervisedConsumer(Consumer):
-    def __init__(self, bus: SupervisedBus, queue: str, prefetch: int, offset: Offset | None, exclusive: bool) -> None:
+    def __init__(self, bus: SupervisedBus, queue: str, prefetch: int, offset: Offset | None) -> None:
         self._bus = bus
         self._queue = queue
         self._prefetch = prefetch
         self._offset = offset  # where to subscribe the next time
-        self._exclusive = exclusive
         self._last_offset: int | None = None  # in a stream: of what was handed out
         self._has_begun = False
-        self._busy_since: float | None = None
         self._current: _Subscription | None = None
         self._failure: BrokerError | None = None
         self._news = asyncio.Event()  # of the next change in the two above
@@ -421,12 +483,6 @@ class _SupervisedConsumer(Consumer):
                 except BrokerClosed as exc:
                     if self._failure is None:
                         self._bus._lose(link, exc)
-                except QueueBusy:
-                    now = time.monotonic()
-                    self._busy_since = self._busy_since or now
-                    if not self._has_begun or now - self._busy_since >= self._bus._busy_patience_s:
-                        raise
-                    await asyncio.sleep(_BUSY_PAUSE_S)
         except BrokerError as exc:
             self.end(exc)
         except Exception as exc:
@@ -435,12 +491,8 @@ class _SupervisedConsumer(Consumer):
 
     async def _stay_subscribed(self, link: _Link) -> None:
         """Subscribe over `link`, and return when it is lost."""
-        subscribing = link.bus.consume(
-            self._queue, prefetch=self._prefetch, offset=self._offset, exclusive=self._exclusive
-        )
-        async with subscribing as consumer:
+        async with link.bus.consume(self._queue, prefetch=self._prefetch, offset=self._offset) as consumer:
             self._has_begun = True
-            self._busy_since = None
             self._current = _Subscription(consumer, link)
             self._tell_news()
             try:

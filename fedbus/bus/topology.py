@@ -5,6 +5,7 @@
     client ──> fedbus.control (fanout) ──> fedbus.control        joins, heartbeats, evaluation results
     client ──> fedbus.updates (fanout) ──> fedbus.updates        updates, in parts; quorum
                                            fedbus.dead           what could not be processed
+    server ──> fedbus.lock.server, client ──> fedbus.lock.client.CLIENT: held, so that there is only one of each
 
 A federation is a vhost: the names need no prefix of their own.
 """
@@ -19,8 +20,10 @@ TASKS = "fedbus.tasks"
 CONTROL = "fedbus.control"
 UPDATES = "fedbus.updates"
 DEAD = "fedbus.dead"
+SERVER_LOCK = "fedbus.lock.server"
 
 QueueKind: TypeAlias = Literal["classic", "quorum", "stream"]
+MessageQueueKind: TypeAlias = Literal["classic", "quorum"]
 
 _DAY_S = 86_400
 
@@ -69,9 +72,20 @@ def inbox(client_id: str) -> str:
     return f"fedbus.inbox.{client_id}"
 
 
-def ingress(update_queue: Literal["quorum", "classic"] = "quorum") -> Topology:
+def client_lock(client_id: str) -> str:
+    """The name that this client holds while it is connected."""
+    return f"fedbus.lock.client.{client_id}"
+
+
+def _limit(kind: MessageQueueKind) -> int | None:
+    """From RabbitMQ 4.0 the default of 20 would drop an update after 20 crashes of the server; -1 drops the first
+    redelivery on 3.x. Classic queues have none.
+    """
+    return 1_000_000 if kind == "quorum" else None
+
+
+def ingress(update_queue: MessageQueueKind = "quorum", message_queues: MessageQueueKind = "classic") -> Topology:
     """What must be there before a client can say anything, whoever comes first."""
-    limit = 1_000_000 if update_queue == "quorum" else None  # classic queues have none
     return Topology(
         exchanges=(
             Exchange(name=TASKS, kind="direct"),
@@ -80,11 +94,9 @@ def ingress(update_queue: Literal["quorum", "classic"] = "quorum") -> Topology:
             Exchange(name=DEAD, kind="fanout"),
         ),
         queues=(
-            Queue(name=CONTROL),
-            # From RabbitMQ 4.0 the default limit of 20 would drop an update after 20 crashes of the server; -1
-            # drops the first redelivery on 3.x.
-            Queue(name=UPDATES, kind=update_queue, dead_letter_exchange=DEAD, delivery_limit=limit),
-            Queue(name=DEAD, max_bytes=64 << 20),
+            Queue(name=CONTROL, kind=message_queues, delivery_limit=_limit(message_queues)),
+            Queue(name=UPDATES, kind=update_queue, dead_letter_exchange=DEAD, delivery_limit=_limit(update_queue)),
+            Queue(name=DEAD, kind=message_queues, delivery_limit=_limit(message_queues), max_bytes=64 << 20),
         ),
         bindings=(
             Binding(exchange=CONTROL, queue=CONTROL),
@@ -94,10 +106,16 @@ def ingress(update_queue: Literal["quorum", "classic"] = "quorum") -> Topology:
     )
 
 
-def client_inbox(client_id: str) -> Topology:
+def client_inbox(client_id: str, message_queues: MessageQueueKind = "classic") -> Topology:
     """The inbox of one client; it outlives the client's process, and a client that never comes back by a week."""
+    queue = Queue(
+        name=inbox(client_id),
+        kind=message_queues,
+        delivery_limit=_limit(message_queues),
+        expires_s=7 * _DAY_S,
+    )
     return Topology(
-        queues=(Queue(name=inbox(client_id), expires_s=7 * _DAY_S),),
+        queues=(queue,),
         bindings=(Binding(exchange=TASKS, queue=inbox(client_id), routing_key=client_id),),
     )
 

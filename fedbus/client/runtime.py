@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedbus.app import App
-from fedbus.bus.base import Bus, Consumer, Delivery, consume_alone
-from fedbus.bus.topology import CONTROL, client_inbox, inbox, ingress
+from fedbus.bus.base import Bus, Consumer, Delivery, hold_patiently
+from fedbus.bus.topology import CONTROL, client_inbox, client_lock, inbox, ingress
 from fedbus.client.outbox import Entry, Outbox
 from fedbus.client.reader import ModelReader, Place
 from fedbus.config import check_client_id
@@ -161,10 +161,8 @@ class ClientRuntime:
         self._tell(o.ClientDone(client_id=self._client_id, finished=finished, reason=reason))
 
     async def _run(self) -> None:
-        with contextlib.suppress(QueueMismatch):  # it is there, as the server wants it
-            await self._bus.declare(ingress(self._app.update_queue))
-        await self._bus.declare(client_inbox(self._client_id))
         async with contextlib.AsyncExitStack() as stack:
+            await self._be_alone(stack)
             self._inbox = await self._open_inbox(stack)
             async with asyncio.TaskGroup() as group:
                 work: list[Coroutine[Any, Any, None]] = [
@@ -181,8 +179,24 @@ class ClientRuntime:
                     await self._say_goodbye()
 
     async def _open_inbox(self, stack: contextlib.AsyncExitStack) -> Consumer:
+        with contextlib.suppress(QueueMismatch):  # it is there, as the server wants it
+            await self._bus.declare(ingress(self._app.update_queue, self._app.message_queues))
+        await self._declare_inbox()
+        return await stack.enter_async_context(self._bus.consume(inbox(self._client_id), prefetch=1000))
+
+    async def _declare_inbox(self) -> None:
+        kind = self._app.message_queues
         try:
-            return await consume_alone(self._bus, stack, inbox(self._client_id), prefetch=1000)
+            await self._bus.declare(client_inbox(self._client_id, kind))
+        except QueueMismatch as exc:
+            raise QueueMismatch(
+                f"{exc} (the app says message_queues={kind!r}: set it to what is there, or delete the queue)"
+            ) from exc
+
+    async def _be_alone(self, stack: contextlib.AsyncExitStack) -> None:
+        """Two clients on one inbox would each see half of what the server says."""
+        try:
+            await hold_patiently(self._bus, stack, client_lock(self._client_id))
         except QueueBusy:
             raise QueueBusy(
                 f"a client named {self._client_id} is connected already: each needs an id of its own"

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedbus.app import App
-from fedbus.bus.base import Bus, Consumer, consume_alone
-from fedbus.bus.topology import CONTROL, TASKS, UPDATES, ingress
+from fedbus.bus.base import Bus, Consumer, hold_patiently
+from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, ingress
 from fedbus.config import check_client_id
 from fedbus.errors import (
     ClientCodeError,
@@ -170,6 +170,7 @@ class Server:
         self._user_thread = UserThread("fedbus-evaluate")
         self._ended = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._in_question = asyncio.Event()
         self._in_doubt = asyncio.Event()
         self._members_changed = asyncio.Event()
         self._started_at = time.monotonic()
@@ -200,6 +201,10 @@ class Server:
         """End the run early: a commit that is under way is finished, an open round is given up."""
         self._stopping.set()
         self._events.put(e.StopRequested(reason=reason))
+
+    def connection_lost(self) -> None:
+        """Say that the connection is gone: a server that was held up for long may have been replaced meanwhile."""
+        self._in_question.set()
 
     def connection_restored(self) -> None:
         """Say, after a loss of the connection, that there is one again: what was under way may come again, or never."""
@@ -240,11 +245,12 @@ class Server:
     async def _run(self) -> None:
         if self._folder is not None:
             self._folder.hold()
-        await self._declare()
         async with contextlib.AsyncExitStack() as stack:
-            control = await self._alone(stack, CONTROL, prefetch=_CONTROL_PREFETCH)
+            await self._be_alone(stack)
+            await self._declare()
+            control = await stack.enter_async_context(self._bus.consume(CONTROL, prefetch=_CONTROL_PREFETCH))
             # No bound: the parts of all updates that a round needs stay unacknowledged until its commit.
-            updates = await self._alone(stack, UPDATES, prefetch=0)
+            updates = await stack.enter_async_context(self._bus.consume(UPDATES, prefetch=0))
             await self._open_run()  # only now: nobody else serves it
             if self._history.finished:
                 return
@@ -261,18 +267,19 @@ class Server:
             await self._work(engine, self._intake, control)
 
     async def _declare(self) -> None:
+        update_queue, message_queues = self._app.update_queue, self._app.message_queues
         try:
-            await self._bus.declare(ingress(self._app.update_queue))
+            await self._bus.declare(ingress(update_queue, message_queues))
         except QueueMismatch as exc:
             raise QueueMismatch(
-                f"{exc} (the app says update_queue={self._app.update_queue!r}: set it to what is there, or delete "
-                f"the queue {UPDATES})"
+                f"{exc} (the app says update_queue={update_queue!r}, the kind of {UPDATES}, and message_queues="
+                f"{message_queues!r}, that of the others: set them to what is there, or delete the queue)"
             ) from exc
 
-    async def _alone(self, stack: contextlib.AsyncExitStack, queue: str, *, prefetch: int) -> Consumer:
+    async def _be_alone(self, stack: contextlib.AsyncExitStack) -> None:
         """Two servers on one queue would each see half of what the clients say."""
         try:
-            return await consume_alone(self._bus, stack, queue, prefetch=prefetch)
+            await hold_patiently(self._bus, stack, SERVER_LOCK)
         except QueueBusy:
             raise QueueBusy(
                 "another server runs on this broker: stop it first, or give each run a vhost of its own"
@@ -359,6 +366,7 @@ class Server:
                 self._evaluate(),
                 self._drive(engine),
                 self._listen_to_ourselves(),
+                self._look_for_successor(),
                 self._clear_doubts(intake),
                 self._keep_notes(),
                 intake.look_after_stalled(),
@@ -463,6 +471,13 @@ class Server:
             echo = m.Echo(run_id=self._run_id, epoch=self._epoch, sent_at=time.monotonic())
             with contextlib.suppress(PublishUnconfirmed):
                 await self._bus.publish(CONTROL, "", encode(echo), expires_s=lease_s)
+
+    async def _look_for_successor(self) -> None:
+        """End at once where the ledger tells of a successor: asking the broker for our place back would take long."""
+        while True:
+            await self._in_question.wait()
+            self._in_question.clear()
+            self._ledger.check_not_fenced()
 
     async def _clear_doubts(self, intake: UpdateIntake) -> None:
         """After a loss of the connection: once all that the broker still had is here, ask for what is missing."""
@@ -637,8 +652,8 @@ class Server:
     async def _settle(self, command: c.Settle) -> None:
         """Acknowledge only now: the effect is durable, or there will be none."""
         assert self._intake is not None
-        # A quorum queue gives to every consumer, whoever asked to be alone: what means nothing to us may be an update
-        # that our successor waits for, and is lost once we acknowledge it.
+        # What means nothing to us may be an update that a successor waits for, and is lost once we acknowledge it: a
+        # server that was held up does not know yet that it has lost its connection, and its place.
         self._ledger.check_not_fenced()
         await self._intake.settle(command.delivery, keep_in_broker=command.outcome is Outcome.RELEASED)
         if command.outcome is Outcome.DUPLICATE and command.round:

@@ -11,7 +11,7 @@ from fedbus.bus.memory import MemoryBus
 from fedbus.bus.topology import Topology
 from fedbus.errors import BrokerClosed
 
-Kind: TypeAlias = Literal["declare", "delete_queue", "publish", "consume", "receive", "ack", "reject"]
+Kind: TypeAlias = Literal["declare", "delete_queue", "publish", "consume", "hold", "receive", "ack", "reject"]
 When: TypeAlias = Literal["before", "after"]
 T = TypeVar("T")
 
@@ -98,9 +98,9 @@ class FailingBus(Bus):
         await self._fault.apply("publish", self._bus, send, bytes(body))
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+        self, queue: str, *, prefetch: int, offset: Offset | None = None
     ) -> AbstractAsyncContextManager[Consumer]:
-        return self._consume(self._bus.consume(queue, prefetch=prefetch, offset=offset, exclusive=exclusive))
+        return self._consume(self._bus.consume(queue, prefetch=prefetch, offset=offset))
 
     @asynccontextmanager
     async def _consume(self, subscription: AbstractAsyncContextManager[Consumer]) -> AsyncIterator[Consumer]:
@@ -109,6 +109,15 @@ class FailingBus(Bus):
             yield _FailingConsumer(consumer, self._bus, self._fault)
         finally:
             await subscription.__aexit__(None, None, None)
+
+    @asynccontextmanager
+    async def hold(self, name: str) -> AsyncIterator[None]:
+        holding = self._bus.hold(name)
+        await self._fault.apply("hold", self._bus, holding.__aenter__)
+        try:
+            yield
+        finally:
+            await holding.__aexit__(None, None, None)
 
     async def closed(self) -> None:
         await self._bus.closed()

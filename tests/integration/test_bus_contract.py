@@ -16,7 +16,19 @@ from fedbus.bus.base import Bus, Consumer, Delivery
 from fedbus.bus.memory import MemoryBroker
 from fedbus.bus.rabbitmq import connect
 from fedbus.bus.supervised import SupervisedBus
-from fedbus.bus.topology import Binding, Exchange, Queue, QueueKind, Topology, client_inbox, ingress, model_stream
+from fedbus.bus.topology import (
+    TASKS,
+    Binding,
+    Exchange,
+    MessageQueueKind,
+    Queue,
+    QueueKind,
+    Topology,
+    client_inbox,
+    inbox,
+    ingress,
+    model_stream,
+)
 from fedbus.errors import BrokerClosed, QueueBusy, QueueMismatch, QueueMissing, Unroutable
 
 Connect: TypeAlias = Callable[[], Awaitable[Bus]]
@@ -308,15 +320,28 @@ async def test_several_consumers_share_a_queue(open_bus: Connect, queue: str) ->
         assert {(await take(one, 1))[0].body, (await take(two, 1))[0].body} == {b"1", b"2"}
 
 
-async def test_an_exclusive_consumer_is_alone(open_bus: Connect, queue: str) -> None:
+async def test_a_name_is_held_by_one_connection_at_a_time(open_bus: Connect, name: Iterator[str]) -> None:
     bus, other = await open_bus(), await open_bus()
-    async with bus.consume(queue, prefetch=1, exclusive=True):
-        with pytest.raises(QueueBusy):
-            async with other.consume(queue, prefetch=1):
-                pass
-    async with other.consume(queue, prefetch=1, exclusive=True) as consumer:
-        await bus.publish(queue, "", b"x")
-        await take(consumer, 1)
+    lock = next(name)
+    async with bus.hold(lock):
+        for _ in range(2):
+            with pytest.raises(QueueBusy):
+                async with other.hold(lock):
+                    pass
+        async with other.hold(f"{lock}.2"):
+            pass
+    for each in (other, bus):
+        async with each.hold(lock):
+            pass
+
+
+async def test_a_closed_connection_holds_nothing(open_bus: Connect, name: Iterator[str]) -> None:
+    bus, dying = await open_bus(), await open_bus()
+    lock = next(name)
+    async with dying.hold(lock):
+        await dying.close()
+        async with bus.hold(lock):
+            pass
 
 
 async def test_consuming_what_is_not_there_is_an_error_that_harms_nothing_else(bus: Bus, queue: str) -> None:
@@ -347,12 +372,19 @@ async def test_declaring_again_is_nothing_and_declaring_otherwise_an_error(bus: 
     await bus.publish(queue, "", b"x")
 
 
-async def test_the_topology_of_a_federation_is_accepted(bus: Bus, name: Iterator[str]) -> None:
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_the_topology_of_a_federation_is_accepted(bus: Bus, name: Iterator[str], kind: MessageQueueKind) -> None:
     client_id = next(name)
-    for topology in (ingress(), client_inbox(client_id), model_stream(1000)):
+    topologies = (ingress(message_queues=kind), client_inbox(client_id, kind), model_stream(1000))
+    for topology in topologies:
         await bus.declare(topology)
         await bus.declare(topology)
-    for queue in client_inbox(client_id).queues:
+    await bus.publish(TASKS, client_id, b"old", expires_s=0.001)
+    await bus.publish(TASKS, client_id, b"young", expires_s=60)
+    await asyncio.to_thread(time.sleep, 0.002)  # its time to live, on the broker's own clock
+    async with bus.consume(inbox(client_id), prefetch=0) as consumer:
+        assert [delivery.body for delivery in await take(consumer, 1)] == [b"young"]
+    for queue in (queue for topology in topologies for queue in topology.queues):
         await bus.delete_queue(queue.name)
 
 

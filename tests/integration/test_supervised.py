@@ -193,12 +193,12 @@ async def test_a_road_that_falls_silent_is_left_for_another(
     async with Proxy(node.port) as proxy, await connect(node.url) as other:
         async with supervised(f"{proxy.through(node.url)}?heartbeat=1", states) as bus:
             await bus.declare(topology(name))
-            async with bus.consume(name, prefetch=1, exclusive=True) as consumer:
+            async with bus.hold(f"{name}.lock"), bus.consume(name, prefetch=1) as consumer:
                 proxy.half_open()
                 await bus.publish(name, "", b"x")  # confirmed over the next connection
                 assert (await take(consumer)).body == b"x"
                 with pytest.raises(QueueBusy):
-                    async with other.consume(name, prefetch=1):
+                    async with other.hold(f"{name}.lock"):
                         pass
             assert kinds(states) == ["lost", "restored"]
         await other.delete_queue(name)

@@ -435,54 +435,92 @@ async def test_deliveries_of_several_generations_are_acknowledged_as_far_as_they
 
 async def test_a_subscription_that_is_not_read_is_made_again_all_the_same() -> None:
     broker = MemoryBroker()
-    async with supervised(broker) as bus, supervised(broker) as other:
+    async with supervised(broker) as bus:
         await bus.declare(topology())
-        async with bus.consume(Q, prefetch=1, exclusive=True):
+        async with bus.consume(Q, prefetch=1):
             broker.drop_connections()
-            await until(lambda: is_held(broker))
-            with pytest.raises(QueueBusy):
-                async with other.consume(Q, prefetch=1):
-                    pass
+            assert not is_consumed(broker)
+            await until(lambda: is_consumed(broker))
 
 
-def is_held(broker: MemoryBroker) -> bool:
+def is_consumed(broker: MemoryBroker) -> bool:
     return bool(broker._queues[Q].consumers)
 
 
-async def test_a_queue_of_ours_alone_that_a_ghost_holds_is_ours_again_when_the_ghost_is_gone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("fedbus.bus.supervised._BUSY_PAUSE_S", 0.001)
+async def test_a_name_that_we_hold_is_ours_again_on_the_next_connection() -> None:
     broker = MemoryBroker()
-    async with supervised(broker) as bus, supervised(broker, pause_s=0.0, longest_pause_s=0.0) as ghost:
+    async with supervised(broker) as bus:
         await bus.declare(topology())
-        async with bus.consume(Q, prefetch=1, exclusive=True) as consumer:
+        async with bus.hold("lock"):
+            for _ in range(3):
+                broker.drop_connections()
+                await bus.publish(Q, "", b"x")
+                with pytest.raises(QueueBusy):
+                    async with broker.connect().hold("lock"):
+                        pass
+        async with broker.connect().hold("lock"):
+            pass
+
+
+async def test_a_name_that_is_let_go_of_while_there_is_no_connection_is_not_held_on_the_next() -> None:
+    broker = MemoryBroker()
+    async with supervised(broker) as bus:
+        await bus.declare(topology())
+        async with bus.hold("lock"):
             broker.stop()
-            broker.start()
-            async with ghost.consume(Q, prefetch=1, exclusive=True), started(consumer.receive()) as receiving:
-                await asyncio.sleep(0.02)
-                assert not receiving.done()
-            await bus.publish(Q, "", b"x")
-            assert (await take(consumer)).body == b"x"
+            await turns()
+        broker.start()
+        await bus.publish(Q, "", b"x")
+        async with broker.connect().hold("lock"):
+            pass
 
 
-async def test_whoever_was_replaced_learns_that_the_queue_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedbus.bus.supervised._BUSY_PAUSE_S", 0.001)
-    broker, gate = MemoryBroker(), asyncio.Event()
+@asynccontextmanager
+async def taken_meanwhile(broker: MemoryBroker, **settings: Any) -> AsyncIterator[tuple[SupervisedBus, Consumer, Bus]]:
+    """A bus that holds a name, consumes, and is let back on the broker when another bus, the last, holds the name."""
+    gate = asyncio.Event()
 
     async def reconnect() -> Bus:
         await gate.wait()
         return broker.connect()
 
-    async with over(reconnect, broker.connect(), busy_patience_s=0.01) as bus:
+    async with over(reconnect, broker.connect(), **settings) as bus:
         await bus.declare(topology())
-        async with bus.consume(Q, prefetch=1, exclusive=True) as consumer:
+        async with bus.hold("lock"), bus.consume(Q, prefetch=1) as consumer:
             broker.drop_connections()
-            async with broker.connect().consume(Q, prefetch=1, exclusive=True):
+            async with broker.connect() as other, other.hold("lock"):
                 gate.set()
-                for _ in range(2):
-                    with pytest.raises(QueueBusy):
-                        await take(consumer)
+                yield bus, consumer, other
+
+
+async def test_nothing_goes_on_until_the_name_that_a_ghost_holds_is_ours_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbus.bus.supervised._BUSY_PAUSE_S", 0.001)
+    broker = MemoryBroker()
+    async with taken_meanwhile(broker) as (bus, consumer, ghost):
+        await ghost.publish(Q, "", b"of the ghost")
+        async with started(bus.publish(Q, "", b"ours")) as publishing, started(consumer.receive()) as receiving:
+            await asyncio.sleep(0.02)
+            assert broker.depth(Q) == 1
+            assert not publishing.done()
+            await ghost.close()
+            async with asyncio.timeout(10):
+                assert (await receiving).body == b"of the ghost"
+                await publishing
+        with pytest.raises(QueueBusy):
+            async with broker.connect().hold("lock"):
+                pass
+
+
+async def test_whoever_was_replaced_learns_it_and_took_nothing_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbus.bus.supervised._BUSY_PAUSE_S", 0.001)
+    broker = MemoryBroker()
+    async with taken_meanwhile(broker, busy_patience_s=0.01) as (bus, consumer, other):
+        await other.publish(Q, "", b"of the successor")
+        for operation in (bus.closed, consumer.receive, lambda: bus.publish(Q, "", b"ours")):
+            with pytest.raises(QueueBusy, match="lock is held by another connection"):
+                async with asyncio.timeout(10):
+                    await operation()
+        assert broker.depth(Q) == 1
 
 
 async def test_a_queue_that_is_deleted_ends_its_consumer_for_good() -> None:
@@ -501,23 +539,19 @@ async def test_a_queue_that_is_deleted_ends_its_consumer_for_good() -> None:
 
 
 class Odd(MemoryBus):
-    """Begins streams two messages before the offset it is asked for, and is busy at the first try."""
+    """Begins streams two messages before the offset it is asked for."""
 
-    def __init__(self, broker: MemoryBroker, offsets: list[Offset | None], *, is_busy: bool = False) -> None:
+    def __init__(self, broker: MemoryBroker, offsets: list[Offset | None]) -> None:
         super().__init__(broker, "guest")
         broker._buses.add(self)
         self._offsets = offsets
-        self._is_busy = is_busy
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
+        self, queue: str, *, prefetch: int, offset: Offset | None = None
     ) -> AbstractAsyncContextManager[Consumer]:
         self._offsets.append(offset)
-        if self._is_busy:
-            self._is_busy = False
-            raise QueueBusy("a ghost")
         earlier = max(0, offset - 2) if isinstance(offset, int) else offset
-        return super().consume(queue, prefetch=prefetch, offset=earlier, exclusive=exclusive)
+        return super().consume(queue, prefetch=prefetch, offset=earlier)
 
 
 async def test_a_stream_goes_on_behind_what_was_handed_out_even_where_the_broker_begins_before_it() -> None:
@@ -540,23 +574,6 @@ async def test_a_stream_goes_on_behind_what_was_handed_out_even_where_the_broker
                 await consumer.ack(delivery)
     assert found == list(range(8))
     assert asked == ["first", 5]
-
-
-async def test_patience_with_a_ghost_begins_anew_with_each_ghost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedbus.bus.supervised._BUSY_PAUSE_S", 0.001)
-    broker, asked = MemoryBroker(), list[Offset | None]()
-
-    async def reconnect() -> Bus:
-        return Odd(broker, asked, is_busy=True)
-
-    async with over(reconnect, Odd(broker, asked), busy_patience_s=1e-9) as bus:  # not twice by the same ghost
-        await bus.declare(topology())
-        async with bus.consume(Q, prefetch=1, exclusive=True) as consumer:
-            for tries in (3, 5):
-                broker.drop_connections()
-                await bus.publish(Q, "", b"x")
-                await consumer.ack(await take(consumer))
-                assert len(asked) == tries
 
 
 async def test_leaving_a_subscription_ends_who_still_receives_from_it_and_costs_no_connection() -> None:
@@ -584,7 +601,7 @@ async def test_a_stream_of_which_nothing_was_read_begins_again_where_it_was_to_b
             await bus.publish(Q, "", bytes([i]))
         async with bus.consume(Q, prefetch=2, offset=offset) as consumer:
             broker.drop_connections()
-            await until(lambda: is_held(broker))
+            await until(lambda: is_consumed(broker))
             await bus.publish(Q, "", b"\x05")
             assert (await take(consumer)).offset == first
 
