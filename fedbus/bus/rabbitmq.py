@@ -239,7 +239,7 @@ class RabbitMQBus(Bus):
         publishing.on_blocked = self._tell_blocked
         self._publishing = publishing
         self._user = user
-        self._publish_channel: AbstractChannel | None = None
+        self._lane: _Lane | None = None
         self._publish_lock = asyncio.Lock()
         self._is_closing = False
 
@@ -284,21 +284,21 @@ class RabbitMQBus(Bus):
         with _mapped(f"publishing to {exchange}"):
             async with asyncio.timeout(timeout_s):
                 await self._publishing.unblocked.wait()  # an alarm on the broker: wait, do not fail
-                channel = await self._open_publish_channel()
-                await channel.basic_publish(
-                    body,  # type: ignore[arg-type]  # annotated bytes; a flat memoryview serves as well
-                    exchange=exchange,
-                    routing_key=routing_key,
-                    properties=properties,
-                    mandatory=mandatory,
-                )
+                with await self._open_lane() as channel:
+                    await channel.basic_publish(
+                        body,  # type: ignore[arg-type]  # annotated bytes; a flat memoryview serves as well
+                        exchange=exchange,
+                        routing_key=routing_key,
+                        properties=properties,
+                        mandatory=mandatory,
+                    )
 
-    async def _open_publish_channel(self) -> AbstractChannel:
-        """One channel for all publishes, made anew after an error (a missing exchange) has closed it."""
+    async def _open_lane(self) -> _Lane:
+        """One channel for all publishes, made anew when an error (a missing exchange) has closed it, or in doubt."""
         async with self._publish_lock:
-            if self._publish_channel is None or self._publish_channel.is_closed:
-                self._publish_channel = await self._publishing.channel(publisher_confirms=True)
-            return self._publish_channel
+            if self._lane is None or not self._lane.is_open:
+                self._lane = _Lane(await self._publishing.channel(publisher_confirms=True))
+            return self._lane
 
     def consume(
         self, queue: str, *, prefetch: int, offset: Offset | None = None
@@ -352,6 +352,35 @@ class RabbitMQBus(Bus):
     async def close(self) -> None:
         self._is_closing = True
         await asyncio.gather(_close_link(self._publishing), _close_link(self._consuming))
+
+
+class _Lane:
+    """A channel that publishes, until one is refused or stays unconfirmed; closed when its last user is done.
+
+    A channel that first published to a queue of a cluster while the node that led the queue was dying asks the dead one
+    for ever: a quorum queue refuses all that it sends, a stream takes it and says nothing (seen with RabbitMQ 3.10).
+    """
+
+    def __init__(self, channel: AbstractChannel) -> None:
+        self._channel = channel
+        self._users = 0
+        self._is_in_doubt = False
+        self._closing: asyncio.Future[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return not (self._is_in_doubt or self._channel.is_closed)
+
+    def __enter__(self) -> AbstractChannel:
+        self._users += 1
+        return self._channel
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: object) -> None:
+        self._users -= 1
+        is_refused = isinstance(exc, amqp.DeliveryError) and not isinstance(exc, amqp.PublishError)
+        self._is_in_doubt |= is_refused or isinstance(exc, asyncio.CancelledError)
+        if self._is_in_doubt and not self._users and self._closing is None:
+            self._closing = asyncio.ensure_future(_close_channel(self._channel))
 
 
 async def _close_link(link: _Link) -> None:

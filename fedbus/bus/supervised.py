@@ -30,6 +30,9 @@ from fedbus.errors import BrokerClosed, BrokerDenied, BrokerError, BrokerUnreach
 
 _LOGGER = logging.getLogger("fedbus.bus")
 _BUSY_PAUSE_S = 0.2
+_PATIENCE_S = 60.0
+_SHORT_PATIENCE_S = 2.0
+_AFTERMATH_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +181,12 @@ class SupervisedBus(Bus):
         expires_s: float | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        async def send(bus: Bus) -> None:
-            await bus.publish(exchange, routing_key, body, mandatory=mandatory, expires_s=expires_s)
+        """As any bus, except that what is refused, or unconfirmed for long, is sent again."""
+
+        async def send(bus: Bus, patience_s: float) -> None:
+            await bus.publish(
+                exchange, routing_key, body, mandatory=mandatory, expires_s=expires_s, timeout_s=patience_s
+            )
 
         try:
             async with asyncio.timeout(timeout_s):
@@ -187,12 +194,21 @@ class SupervisedBus(Bus):
         except TimeoutError:
             raise PublishUnconfirmed(f"publishing to {exchange}: not confirmed in time") from None
 
-    async def _send(self, send: Callable[[Bus], Awaitable[None]]) -> None:
+    async def _send(self, send: Callable[[Bus, float], Awaitable[None]]) -> None:
         for attempt in itertools.count():
+            patience_s = self._patience_s(attempt)
             try:
-                return await self._carry_out(send)
-            except PublishUnconfirmed:  # a full queue
+                return await self._carry_out(lambda bus: send(bus, patience_s))  # noqa: B023  # called at once
+            except PublishUnconfirmed:  # a full queue, or a cluster that chooses another node to lead it
                 await asyncio.sleep(self._jitter(attempt))
+
+    def _patience_s(self, attempt: int) -> float:
+        """How long a confirm may take: short while a cluster may be getting over the loss of a node.
+
+        It doubles: a broker that is only slow must not be buried under copies.
+        """
+        has_just_lost = 0.0 < self._lost_at > time.monotonic() - _AFTERMATH_S
+        return float((_SHORT_PATIENCE_S if has_just_lost else _PATIENCE_S) * 2 ** min(attempt, 30))
 
     def consume(
         self, queue: str, *, prefetch: int, offset: Offset | None = None
