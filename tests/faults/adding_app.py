@@ -38,6 +38,7 @@ class Settings:
         seed: of the deltas.
         heartbeat_s, lease_s: of the clients; the lease must outlast whatever is down in between.
         timeout_s: of a round.
+        message_queues: as the app has it.
     """
 
     clients: int = 8
@@ -50,6 +51,7 @@ class Settings:
     heartbeat_s: float = 0.5
     lease_s: float = 60.0
     timeout_s: float = 300.0
+    message_queues: str = "classic"
 
     @property
     def client_ids(self) -> tuple[str, ...]:
@@ -133,6 +135,7 @@ def make_app(settings: Settings) -> fb.App:
         client_fn=lambda context: Adding(context, settings),
         initial_parameters=lambda: initial_model(settings),
         seed=settings.seed,
+        message_queues="quorum" if settings.message_queues == "quorum" else "classic",
         rounds=fb.RoundConfig(
             num_rounds=settings.rounds,
             min_fit_clients=settings.clients,

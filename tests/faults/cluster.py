@@ -35,6 +35,7 @@ class Cluster:
         self._folder = Path(tempfile.mkdtemp(prefix="fedbus-cluster-")).resolve()
         self._epmd: subprocess.Popen[bytes] | None = None
         self._nodes = [_Node(self._folder, number, self._programs) for number in range(1, size + 1)]
+        self._vhost = ""
         self.seconds = 0.0
 
     def __enter__(self) -> Self:
@@ -61,7 +62,16 @@ class Cluster:
     @property
     def url(self) -> str:
         """The URLs of all nodes, with commas between them."""
-        return ",".join(node.url for node in self._nodes)
+        return ",".join(map(self.url_of, range(len(self))))
+
+    def url_of(self, index: int) -> str:
+        return self._nodes[index].url + self._vhost
+
+    def use_vhost(self, name: str) -> None:
+        """Make a new vhost; from now on URLs and queues are its own."""
+        self.ctl("add_vhost", name)
+        self.ctl("set_permissions", "-p", name, private._USER, ".*", ".*", ".*")
+        self._vhost = name
 
     @property
     def names(self) -> list[str]:
@@ -134,7 +144,7 @@ class Cluster:
         return next(node for node in self._nodes if node.is_alive)
 
     def _queue(self, name: str) -> dict[str, Any]:
-        listing = self.ctl("list_queues", "name", "leader", "online", "--formatter", "json")
+        listing = self.ctl("list_queues", "-p", self._vhost or "/", "name", "leader", "online", "--formatter", "json")
         rows: list[dict[str, Any]] = json.loads(listing)
         return next((row for row in rows if row["name"] == name), {})
 
