@@ -297,7 +297,7 @@ class RabbitMQBus(Bus):
         """One channel for all publishes, made anew when an error (a missing exchange) has closed it, or in doubt."""
         async with self._publish_lock:
             if self._lane is None or not self._lane.is_open:
-                self._lane = _Lane(await self._publishing.channel(publisher_confirms=True))
+                self._lane = _Lane(await self._publishing.channel(publisher_confirms=True), self._publishing.unblocked)
             return self._lane
 
     def consume(
@@ -361,8 +361,9 @@ class _Lane:
     for ever: a quorum queue refuses all that it sends, a stream takes it and says nothing (seen with RabbitMQ 3.10).
     """
 
-    def __init__(self, channel: AbstractChannel) -> None:
+    def __init__(self, channel: AbstractChannel, unblocked: asyncio.Event) -> None:
         self._channel = channel
+        self._unblocked = unblocked
         self._users = 0
         self._is_in_doubt = False
         self._closing: asyncio.Future[None] | None = None
@@ -380,7 +381,11 @@ class _Lane:
         is_refused = isinstance(exc, amqp.DeliveryError) and not isinstance(exc, amqp.PublishError)
         self._is_in_doubt |= is_refused or isinstance(exc, asyncio.CancelledError)
         if self._is_in_doubt and not self._users and self._closing is None:
-            self._closing = asyncio.ensure_future(_close_channel(self._channel))
+            self._closing = asyncio.ensure_future(self._close())
+
+    async def _close(self) -> None:
+        await self._unblocked.wait()  # under an alarm the broker does not read what we say
+        await _close_channel(self._channel)
 
 
 async def _close_link(link: _Link) -> None:

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiormq
 import pytest
-from aiormq.exceptions import ChannelPreconditionFailed
+from aiormq.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.node import PrivateNode
-from fedbus.bus.rabbitmq import _mapped, connect, connect_supervised, redacted
+from fedbus.bus.rabbitmq import _Lane, _mapped, connect, connect_supervised, redacted
 from fedbus.bus.supervised import LinkState, SupervisedBus, no_observer
 from fedbus.bus.topology import Binding, Exchange, Queue, Topology
 from fedbus.errors import (
@@ -23,6 +24,7 @@ from fedbus.errors import (
     BrokerError,
     BrokerUnreachable,
     ConfigError,
+    PublishUnconfirmed,
     QueueBusy,
     QueueMismatch,
 )
@@ -269,6 +271,58 @@ async def test_a_connect_that_is_cancelled_leaves_no_task_behind(node: PrivateNo
 def test_a_node_that_cannot_serve_a_queue_now_is_no_error_of_the_queue(reason: str, error: type[BrokerError]) -> None:
     with pytest.raises(error), _mapped("consuming s"):
         raise ChannelPreconditionFailed(reason)
+
+
+@pytest.mark.broker
+async def test_a_channel_in_doubt_is_left_at_once_and_closed_after_its_last_publish(
+    node: PrivateNode, name: str
+) -> None:
+    async with await connect(node.url) as bus:
+        await bus.declare(topology(name))
+        await bus.publish(name, "", b"1")
+        first = bus._lane
+        assert first is not None
+        async with asyncio.TaskGroup() as group:
+            group.create_task(bus.publish(name, "", bytes(8 << 20)))
+            with pytest.raises(PublishUnconfirmed):
+                await bus.publish(name, "", b"2", timeout_s=1e-6)
+            await bus.publish(name, "", b"3")
+            assert bus._lane is not first
+            assert first._channel.is_closed is (first._users == 0)
+        await until(lambda: first._channel.is_closed)
+        await bus.publish(name, "", b"4")
+        await bus.delete_queue(name)
+
+
+class Silent:
+    """A channel that can only be closed."""
+
+    is_closed = False
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize(
+    ("error", "is_left"),
+    [
+        (DeliveryError(None, aiormq.spec.Basic.Nack()), True),
+        (asyncio.CancelledError(), True),
+        (PublishError.__new__(PublishError), False),
+        (ChannelPreconditionFailed("x"), False),
+    ],
+)
+async def test_what_makes_a_channel_doubtful(error: BaseException, is_left: bool) -> None:
+    unblocked, channel = asyncio.Event(), Silent()
+    lane = _Lane(channel, unblocked)  # type: ignore[arg-type]  # no more of it is used
+    with pytest.raises(type(error)), lane:
+        raise error
+    assert lane.is_open is not is_left
+    await asyncio.sleep(0)
+    assert not channel.is_closed  # the broker has an alarm
+    unblocked.set()
+    if is_left:
+        await until(lambda: channel.is_closed)
 
 
 # ---- several URLs ----------------------------------------------------------------------------------------------------

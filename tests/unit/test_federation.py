@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedbus.bus.base import Bus
+from fedbus.bus.base import Bus, hold_patiently
 from fedbus.bus.memory import MemoryBroker
 from fedbus.bus.topology import CONTROL, DEAD, UPDATES, client_inbox, inbox, ingress, model_stream
 from fedbus.client.reader import ModelReader, Place
-from fedbus.errors import BrokerClosed, QueueBusy, QueueMissing, RunFailed
+from fedbus.errors import BrokerClosed, ConfigError, QueueBusy, QueueMismatch, QueueMissing, RunFailed
 from fedbus.observe import events as o
 from fedbus.observe.logs import sentence
 from fedbus.server.checkpoint import load_model
@@ -309,7 +309,8 @@ async def test_a_client_killed_in_its_task_finds_it_again_when_it_comes_back() -
     assert history.clients_lost == []
 
 
-async def test_a_second_client_of_the_same_name_is_turned_away() -> None:
+async def test_a_second_client_of_the_same_name_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hold_patiently, "__kwdefaults__", {"patience_s": 0.0})
     gate = Gate()
     async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
         serving = story.start_server()
@@ -558,6 +559,26 @@ async def test_what_a_client_says_reaches_the_screen_on_one_line_without_control
         with pytest.raises(RunFailed):
             await story.run("c1")
         assert story.told(o.FitFailed)[0].reason == "fit raised ValueError: red?[31m ? alert"
+
+
+@pytest.mark.parametrize(
+    ("setting", "queue"), [("update_queue", UPDATES), ("message_queues", CONTROL), ("message_queues", inbox("c1"))]
+)
+async def test_queues_of_another_kind_than_the_app_says_are_one_clear_error(setting: str, queue: str) -> None:
+    there, wanted = ("quorum", "classic") if setting == "update_queue" else ("classic", "quorum")
+    settings: dict[str, Any] = {setting: wanted}
+    async with federation(app_of(**settings)) as story:
+        bus = story.broker.connect()
+        await bus.declare(ingress(**{setting: there}))  # type: ignore[arg-type]  # it is one of two words
+        await bus.declare(client_inbox("c1"))
+        party = story.start_client("c1") if queue == inbox("c1") else story.start_server()
+        with pytest.raises(QueueMismatch, match=f"{queue} exists .*{setting}='{wanted}'.*set .* to what is there"):
+            await party
+
+
+async def test_a_kind_of_queue_that_there_is_not_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match="message_queues must be 'quorum' or 'classic', not 'stream'"):
+        app_of(message_queues="stream")
 
 
 async def test_a_diverged_run_still_writes_valid_json(tmp_path: Path) -> None:

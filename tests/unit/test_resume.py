@@ -18,7 +18,7 @@ import pytest
 
 import fedbus.bus.supervised
 import fedbus.server.runtime
-from fedbus.bus.topology import CONTROL, TASKS, UPDATES, inbox
+from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, inbox
 from fedbus.client.outbox import Entry, Outbox
 from fedbus.client.runtime import ClientRuntime
 from fedbus.errors import ConfigError, QueueBusy, RunFailed
@@ -640,6 +640,29 @@ async def test_a_server_that_was_given_up_and_comes_back_is_fenced(
         story.check_whole(history, CLIENTS, 4)
         assert story.bits() == expected
     assert set(counting.asked.values()) == {1}
+
+
+async def test_a_server_that_was_frozen_and_replaced_learns_it_without_the_broker(tmp_path: Path) -> None:
+    counting = Counting()
+    hold = Hold(counting, ("c1", 2))
+    async with federation(counting.app(), run_dir=tmp_path, supervised=True) as story:
+        frozen = story.start_server()
+        for client in CLIENTS:
+            story.start_client(client)
+        await story.until(o.RoundOpened, 1, round=2)
+        del story.broker._holders[SERVER_LOCK]  # to the broker it is dead, and it does not know yet
+        old, link = story.server, story.links["server"]
+        assert old is not None
+        assert old._folder is not None
+        old._folder.close()  # as if it were on another machine
+        serving = story.resume_server()
+        await story.until(o.RunResumed)
+        story.may_connect["server"].clear()
+        link.drop()
+        with pytest.raises(Fenced):
+            await frozen
+        hold.let_go()
+        story.check_whole(await serving, CLIENTS, 4)
 
 
 async def test_the_goodbye_of_a_server_that_was_replaced_ends_nobody(

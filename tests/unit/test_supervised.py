@@ -350,6 +350,29 @@ async def test_a_refused_message_is_sent_again() -> None:
     assert broker.depth(Q) == 1
 
 
+async def test_patience_with_a_confirm_doubles_and_is_short_after_a_loss() -> None:
+    broker, given = MemoryBroker(), list[float | None]()
+
+    class Impatient(Refusing):
+        async def publish(self, *args: Any, timeout_s: float | None = None, **rest: Any) -> None:
+            given.append(timeout_s)
+            await super().publish(*args, **rest)
+
+    async def reconnect() -> Bus:
+        return Impatient(broker, "guest")
+
+    first = Impatient(broker, "guest")
+    broker._buses.add(first)
+    async with over(reconnect, first) as bus:
+        await bus.declare(topology())
+        await bus.publish(Q, "", b"x")
+        broker.drop_connections()
+        await turns()
+        await bus.publish(Q, "", b"y")
+    assert given[:3] == [60, 120, 240]
+    assert given[-3:] == [2, 4, 8]
+
+
 async def test_a_publish_with_a_deadline_is_unconfirmed_in_an_outage_and_under_an_alarm() -> None:
     broker = MemoryBroker()
     async with supervised(broker) as bus:
@@ -460,6 +483,24 @@ async def test_a_name_that_we_hold_is_ours_again_on_the_next_connection() -> Non
                         pass
         async with broker.connect().hold("lock"):
             pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("nth", [1, 2])
+async def test_whether_the_first_hold_fails_or_a_later_one_the_name_is_ours(when: When, nth: int) -> None:
+    broker = MemoryBroker()
+    fault = Fault(nth, kind="hold", when=when)
+    async with failing(broker, fault) as bus:
+        await bus.declare(topology())
+        async with bus.hold("lock"):
+            broker.drop_connections()
+            await bus.publish(Q, "", b"x")
+            with pytest.raises(QueueBusy):
+                async with broker.connect().hold("lock"):
+                    pass
+    assert fault.happened
+    async with broker.connect().hold("lock"):
+        pass
 
 
 async def test_a_name_that_is_let_go_of_while_there_is_no_connection_is_not_held_on_the_next() -> None:
