@@ -93,6 +93,13 @@ class _KnownTopology:
         self._queues |= {queue.name: queue for queue in topology.queues}
         self._bindings |= dict.fromkeys(topology.bindings)
 
+    def leads_to_stream(self, exchange: str) -> bool:
+        return any(
+            binding.exchange == exchange and self._queues[binding.queue].kind == "stream"
+            for binding in self._bindings
+            if binding.queue in self._queues
+        )
+
     def forget_queue(self, name: str) -> None:
         self._queues.pop(name, None)
         self._bindings = {binding: None for binding in self._bindings if binding.queue != name}
@@ -190,25 +197,30 @@ class SupervisedBus(Bus):
 
         try:
             async with asyncio.timeout(timeout_s):
-                await self._send(send)
+                await self._send(exchange, send)
         except TimeoutError:
             raise PublishUnconfirmed(f"publishing to {exchange}: not confirmed in time") from None
 
-    async def _send(self, send: Callable[[Bus, float], Awaitable[None]]) -> None:
+    async def _send(self, exchange: str, send: Callable[[Bus, float], Awaitable[None]]) -> None:
         for attempt in itertools.count():
-            patience_s = self._patience_s(attempt)
+            asked_at, patience_s = time.monotonic(), self._patience_s(exchange, attempt)
             try:
                 return await self._carry_out(lambda bus: send(bus, patience_s))  # noqa: B023  # called at once
-            except PublishUnconfirmed:  # a full queue, or a cluster that chooses another node to lead it
-                await asyncio.sleep(self._jitter(attempt))
+            except PublishUnconfirmed:
+                # Refused: a full queue, or a cluster that chooses another node to lead it. Unconfirmed: waited enough.
+                if time.monotonic() < asked_at + patience_s:
+                    await asyncio.sleep(self._jitter(attempt))
 
-    def _patience_s(self, attempt: int) -> float:
-        """How long a confirm may take: short while a cluster may be getting over the loss of a node.
+    def _patience_s(self, exchange: str, attempt: int) -> float:
+        """How long a confirm may take.
 
-        It doubles: a broker that is only slow must not be buried under copies.
+        Short where it may never come: when we have just lost a node of a cluster, and always for a stream, which loses
+        what is on its way to a leader that dies elsewhere in the cluster (seen with RabbitMQ 3.10). It doubles: a
+        broker that is only slow must not be buried under copies.
         """
         has_just_lost = 0.0 < self._lost_at > time.monotonic() - _AFTERMATH_S
-        return float((_SHORT_PATIENCE_S if has_just_lost else _PATIENCE_S) * 2 ** min(attempt, 30))
+        is_short = has_just_lost or self._known.leads_to_stream(exchange)
+        return float((_SHORT_PATIENCE_S if is_short else _PATIENCE_S) * 2 ** min(attempt, 30))
 
     def consume(
         self, queue: str, *, prefetch: int, offset: Offset | None = None

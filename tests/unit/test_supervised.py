@@ -350,7 +350,7 @@ async def test_a_refused_message_is_sent_again() -> None:
     assert broker.depth(Q) == 1
 
 
-async def test_patience_with_a_confirm_doubles_and_is_short_after_a_loss() -> None:
+async def test_patience_with_a_confirm_doubles_and_is_short_for_a_stream_and_after_a_loss() -> None:
     broker, given = MemoryBroker(), list[float | None]()
 
     class Impatient(Refusing):
@@ -365,12 +365,17 @@ async def test_patience_with_a_confirm_doubles_and_is_short_after_a_loss() -> No
     broker._buses.add(first)
     async with over(reconnect, first) as bus:
         await bus.declare(topology())
+        await bus.declare(topology("stream", "s"))
         await bus.publish(Q, "", b"x")
+        assert given == [60, 120, 240]
+        first.refusals = 2
+        await bus.publish("s", "", b"x")
+        assert given[3:] == [2, 4, 8]
         broker.drop_connections()
         await turns()
         await bus.publish(Q, "", b"y")
-    assert given[:3] == [60, 120, 240]
     assert given[-3:] == [2, 4, 8]
+    assert len(given) > 6
 
 
 async def test_a_publish_with_a_deadline_is_unconfirmed_in_an_outage_and_under_an_alarm() -> None:
