@@ -23,6 +23,12 @@ from tests.kit import Counting, Federation, federation
 LARGE = LOW_WATER + 1
 
 
+@pytest.fixture(autouse=True)
+def _one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every upload here is as large as what may be under way at a time."""
+    monkeypatch.setattr(slots_module, "STAGING_BYTES", 0)
+
+
 class Desk:
     """`UploadSlots`, what it granted, and what it is told of the uploads."""
 
@@ -56,6 +62,17 @@ def test_uploads_come_one_after_the_other_in_the_order_of_their_requests() -> No
     desk.complete("a")
     assert desk.granted == ["a", "b"]
     desk.complete("b")
+    assert desk.granted == ["a", "b", "c"]
+
+
+def test_as_many_are_let_in_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "STAGING_BYTES", 2 * LARGE)
+    desk = Desk()
+    desk.request("a", "b", "c")
+    assert desk.granted == ["a", "b"]
+    desk.arrive("a", LOW_WATER)  # what came of a still lies in memory
+    assert desk.granted == ["a", "b"]
+    desk.complete("a")
     assert desk.granted == ["a", "b", "c"]
 
 
