@@ -6,10 +6,14 @@
 
 Everything is persistent and confirmed, and updates are acknowledged after their round. No fedbus code takes part, and
 what a federation needs beyond that is left out: no joining, no checks, no schema, nothing written to a disk but by the
-broker, a client that begins to read a model before it has its task. Clients send the model back as they got it, so
+broker. Clients send the model back as they got it, so
 the mean of their updates is the model again, and the server looks whether it is.
 
-    python -m fedbus.bench.floor URL CLIENTS MODEL_BYTES ROUNDS
+There are two of them. The plain floor is what one writes first: a client subscribes to the stream when it has its
+task, at the offset that the task names. In the tight one its subscription stays open from the first round to the last,
+and it reads a model before it is asked to.
+
+    python -m fedbus.bench.floor URL CLIENTS MODEL_BYTES ROUNDS plain|tight
 
 prints a JSON list, the seconds from the begin of each round to the begin of the next. It ends early, with its queues
 deleted, when its stdin does.
@@ -52,11 +56,13 @@ class Job:
     clients: int
     model_bytes: int
     rounds: int
+    is_tight: bool = False
     prefix: str = field(default_factory=lambda: f"fedbus.floor.{uuid.uuid4().hex[:8]}")
 
     def arguments(self) -> tuple[str, ...]:
         """For this module's command line."""
-        return self.url, str(self.clients), str(self.model_bytes), str(self.rounds)
+        kind = "tight" if self.is_tight else "plain"
+        return self.url, str(self.clients), str(self.model_bytes), str(self.rounds), kind
 
     @property
     def parts(self) -> int:
@@ -118,7 +124,8 @@ class _Client:
         self._job = job
         self._number = number
         self._model: list[bytes] = []
-        self._task = asyncio.Event()
+        self._tasks: asyncio.Queue[int] = asyncio.Queue()  # where the model begins
+        self._begins_at = 0
         self._has_model = asyncio.Event()
 
     async def run(self) -> None:
@@ -126,23 +133,34 @@ class _Client:
             self._inbox = await self._link.channel(1)
             await self._inbox.basic_consume(self._job.inbox(self._number), self._on_task)
             self._stream = await self._link.channel(_PREFETCH)
-            # Open throughout: a subscription for each version would cost round trips.
-            await self._stream.basic_consume(self._job.model, self._on_part, arguments={"x-stream-offset": "first"})
+            if self._job.is_tight:
+                await self._subscribe("first")
             await self._link.publish(self._job.joins, b"")
             while True:  # until it is ended by a signal
-                await self._task.wait()
+                self._begins_at = await self._tasks.get()
+                tag = None if self._job.is_tight else await self._subscribe(self._begins_at)
                 await self._has_model.wait()
-                self._task.clear()
                 self._has_model.clear()
                 model, self._model = self._model, []
+                if tag is not None:
+                    await self._stream.basic_cancel(tag)
                 await self._upload(model)
 
+    async def _subscribe(self, offset: int | str) -> str | None:
+        consuming = await self._stream.basic_consume(
+            self._job.model, self._on_part, arguments={"x-stream-offset": offset}
+        )
+        return consuming.consumer_tag
+
     async def _on_task(self, message: DeliveredMessage) -> None:
-        self._task.set()
+        self._tasks.put_nowait(int(message.body))
         await self._inbox.basic_ack(_tag(message), wait=False)
 
     async def _on_part(self, message: DeliveredMessage) -> None:
-        self._model.append(message.body)
+        headers = message.header.properties.headers
+        assert headers is not None
+        if self._job.is_tight or int(str(headers["x-stream-offset"])) >= self._begins_at:  # a chunk may begin before
+            self._model.append(message.body)
         if len(self._model) == self._job.parts:
             self._has_model.set()
         await self._stream.basic_ack(_tag(message), wait=False)
@@ -167,6 +185,7 @@ class _Server:
         self._folded = asyncio.Event()
         self._arrived = 0
         self._last_tag = 0
+        self._offset = 0  # of the next model, or before it: the stream leaves gaps
         self._first: Array = np.random.default_rng(0).standard_normal(job.model_bytes // 4, np.float32)
         self._model: Array = self._first.copy()
         self._mean: Array = np.zeros_like(self._model)
@@ -194,11 +213,14 @@ class _Server:
         model = self._model.data.cast("B")
         for start in range(0, model.nbytes, PART_BYTES):
             await self._link.publish(self._job.model, model[start : start + PART_BYTES])
-        tasks = asyncio.ensure_future(self._to_all(b"fit"))  # its confirms come while the clients are at work
+        tasks = asyncio.ensure_future(
+            self._to_all(b"%d" % self._offset)
+        )  # its confirms come while the clients are at work
         await self._folded.wait()
         self._folded.clear()
         await tasks
         self._arrived = 0
+        self._offset += self._job.parts
         self._model, self._mean = self._mean, self._model
         self._mean.fill(0)
         await updates.basic_ack(self._last_tag, multiple=True, wait=False)
@@ -300,8 +322,9 @@ def measure(job: Job, lifeline: int) -> list[float]:
 
 def main() -> None:
     """Measure what the arguments say."""
-    url, clients, model_bytes, rounds = sys.argv[1:]
-    job = Job(url=url, clients=int(clients), model_bytes=int(model_bytes), rounds=int(rounds))
+    url, clients, model_bytes, rounds, kind = sys.argv[1:]
+    is_tight = kind == "tight"
+    job = Job(url=url, clients=int(clients), model_bytes=int(model_bytes), rounds=int(rounds), is_tight=is_tight)
     print(json.dumps(measure(job, os.dup(0))))  # noqa: T201  # whoever started this process reads it
 
 

@@ -47,13 +47,15 @@ def _show(found: RoundBench) -> None:
     table.add_row("round", _seconds(found.round_s))
     table.add_row("floor", _seconds(found.floor_round_s))
     table.add_row("ratio of the p50s", f"{found.ratio:.2f}")
+    table.add_row("tight floor, ratio", f"p50 {_duration(found.tight_floor_s)}, {found.tight_ratio:.2f}")
     table.add_row("peak memory of the server", _mib(found.server_rss_mib))
     table.add_row("peak memory of the largest client", _mib(found.client_rss_mib))
     table.add_row("peak memory of the broker", _mib(found.broker_rss_mib))
     table.add_row("server sends, per round", _mib(found.server_egress_mib_per_round))
     table.add_row("server receives, per round", _mib(found.server_ingress_mib_per_round))
     Console(highlight=False).print(table)
-    typer.echo("floor: bare aiormq moves the same bytes through the same kinds of queues, and nothing else is done")
+    typer.echo("floor: bare aiormq moves the same bytes through the same kinds of queues, and nothing else is done;")
+    typer.echo("the tight floor also keeps its subscriptions open, and reads a model before it is asked to")
 
 
 def _seconds(spread: Spread) -> str:

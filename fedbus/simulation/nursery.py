@@ -169,7 +169,8 @@ def _reseed() -> None:
 
 
 def _run_client(app: App, client: dict[str, Any], alive: int) -> int:
-    set_up(sys.stderr, as_json=False, level=logging.DEBUG)  # a file: room for the user's tracebacks
+    set_up(sys.stderr, as_json=False, level=logging.INFO)
+    logging.getLogger("fedbus.client").setLevel(logging.DEBUG)  # a file: room for the user's tracebacks
 
     async def run() -> None:
         asyncio.get_running_loop().add_reader(alive, os._exit, 1)  # readable means closed: the nursery is gone

@@ -33,6 +33,7 @@ def test_a_small_measurement_tells_plausible_figures_and_leaves_nothing_behind(s
         assert 0 < spread["p50"] <= spread["p95"]
     assert found["floor_s"] == found["floor_round_s"]["p50"]
     assert found["ratio"] == pytest.approx(found["round_s"]["p50"] / found["floor_s"], abs=0.001)
+    assert found["tight_ratio"] == pytest.approx(found["round_s"]["p50"] / found["tight_floor_s"], abs=0.001)
     assert 0.25 <= found["server_egress_mib_per_round"] < 0.35  # the model once, whatever the number of clients
     assert 0.5 <= found["server_ingress_mib_per_round"] < 0.9  # two updates; the model's last part is read back
     if Path("/proc").is_dir():
@@ -61,7 +62,7 @@ def test_on_a_shared_broker_the_floor_takes_its_queues_away_again(shell: Shell) 
 
 def test_the_floor_ends_with_whoever_started_it(shell: Shell) -> None:
     with PrivateNode() as node:
-        command = [sys.executable, "-m", "fedbus.bench.floor", node.url, "2", "4096", "1000000"]
+        command = [sys.executable, "-m", "fedbus.bench.floor", node.url, "2", "4096", "1000000", "plain"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=shell.env) as floor:
             poll(lambda: len(queues(node, "fedbus.floor")) == 5, 20)
             assert floor.stdin is not None
