@@ -244,6 +244,29 @@ async def test_an_update_whose_sender_is_gone_for_good_is_in_the_round_and_the_o
 
 
 @pytest.mark.parametrize("size", [3, 400_000])
+async def test_what_comes_again_over_a_new_connection_stays_with_the_broker_until_its_commit(
+    tmp_path: Path, size: int
+) -> None:
+    """Acknowledged as a copy, it would be gone with the server that has folded and not committed it."""
+    counting = Counting(size)
+    hold = Hold(counting, ("c2", 2), ("c3", 2))
+    app = counting.app(rounds={"lease_s": 0.4})
+    async with federation(app, run_dir=tmp_path, supervised=True) as story:
+        story.start_server()
+        leaving, *_ = [story.start_client(client) for client in CLIENTS]
+        await story.until(o.UpdateFolded, client_id="c1", round=2)
+        await story.kill("c1", leaving)  # with its outbox
+        story.links["server"].drop()
+        await asyncio.sleep(0.3)  # the broker has given all again
+        await story.kill_server()
+        assert story.broker.depth(UPDATES) > 0
+        serving = story.resume_server()
+        hold.let_go()
+        history = await serving
+    assert history.rounds[1].clients == set(CLIENTS)
+
+
+@pytest.mark.parametrize("size", [3, 400_000])
 async def test_updates_that_the_broker_lost_are_sent_again_without_being_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
