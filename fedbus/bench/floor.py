@@ -106,7 +106,7 @@ class _Link:
         return channel
 
     async def publish(self, queue: str, body: bytes | memoryview, part: int | None = None) -> None:
-        """Publish and wait for the confirm."""
+        """Publish, with the number of what it is part of, and wait for the confirm."""
         await self._publisher.basic_publish(
             body,  # type: ignore[arg-type]  # annotated bytes; a flat memoryview serves as well
             routing_key=queue,
@@ -124,8 +124,8 @@ class _Client:
         self._job = job
         self._number = number
         self._model: list[bytes] = []
-        self._tasks: asyncio.Queue[int] = asyncio.Queue()  # where the model begins
-        self._begins_at = 0
+        self._tasks: asyncio.Queue[tuple[int, int]] = asyncio.Queue()  # round, and where its model begins, or before
+        self._round = 0
         self._has_model = asyncio.Event()
 
     async def run(self) -> None:
@@ -137,8 +137,8 @@ class _Client:
                 await self._subscribe("first")
             await self._link.publish(self._job.joins, b"")
             while True:  # until it is ended by a signal
-                self._begins_at = await self._tasks.get()
-                tag = None if self._job.is_tight else await self._subscribe(self._begins_at)
+                self._round, offset = await self._tasks.get()
+                tag = None if self._job.is_tight else await self._subscribe(offset)
                 await self._has_model.wait()
                 self._has_model.clear()
                 model, self._model = self._model, []
@@ -153,13 +153,14 @@ class _Client:
         return consuming.consumer_tag
 
     async def _on_task(self, message: DeliveredMessage) -> None:
-        self._tasks.put_nowait(int(message.body))
+        round_, offset = message.body.split()
+        self._tasks.put_nowait((int(round_), int(offset)))
         await self._inbox.basic_ack(_tag(message), wait=False)
 
     async def _on_part(self, message: DeliveredMessage) -> None:
         headers = message.header.properties.headers
         assert headers is not None
-        if self._job.is_tight or int(str(headers["x-stream-offset"])) >= self._begins_at:  # a chunk may begin before
+        if self._job.is_tight or int(str(headers["part"])) == self._round:  # a model before it may come first
             self._model.append(message.body)
         if len(self._model) == self._job.parts:
             self._has_model.set()
@@ -185,7 +186,8 @@ class _Server:
         self._folded = asyncio.Event()
         self._arrived = 0
         self._last_tag = 0
-        self._offset = 0  # of the next model, or before it: the stream leaves gaps
+        self._round_number = 0
+        self._offset = 0  # of the round's model, or before it: the stream leaves gaps
         self._first: Array = np.random.default_rng(0).standard_normal(job.model_bytes // 4, np.float32)
         self._model: Array = self._first.copy()
         self._mean: Array = np.zeros_like(self._model)
@@ -212,14 +214,14 @@ class _Server:
     async def _round(self, updates: AbstractChannel) -> None:
         model = self._model.data.cast("B")
         for start in range(0, model.nbytes, PART_BYTES):
-            await self._link.publish(self._job.model, model[start : start + PART_BYTES])
-        tasks = asyncio.ensure_future(
-            self._to_all(b"%d" % self._offset)
-        )  # its confirms come while the clients are at work
+            await self._link.publish(self._job.model, model[start : start + PART_BYTES], self._round_number)
+        task = b"%d %d" % (self._round_number, self._offset)
+        tasks = asyncio.ensure_future(self._to_all(task))  # its confirms come while the clients are at work
         await self._folded.wait()
         self._folded.clear()
         await tasks
         self._arrived = 0
+        self._round_number += 1
         self._offset += self._job.parts
         self._model, self._mean = self._mean, self._model
         self._mean.fill(0)
