@@ -11,7 +11,7 @@ from typing import Final
 STAGING_BYTES: Final = 128 << 20
 """What may be under way at a time; one upload always may, however large."""
 
-LOW_WATER: Final = 16 << 20
+LOW_WATER: Final = 8 << 20
 """Bytes still to come when the next upload is let in all the same: the road from the broker never runs dry."""
 
 EAGER_BYTES: Final = 64 << 20
