@@ -157,7 +157,8 @@ class ClientRuntime:
     def _tell_the_end(self) -> None:
         ended = self._result
         finished = ended is not None and ended.finished
-        reason = "it left the run" if ended is None else f"the server ended the run early: {one_line(ended.reason)}"
+        early = "" if finished else "the server ended the run early: "
+        reason = "it left the run" if ended is None else early + one_line(ended.reason)
         self._tell(o.ClientDone(client_id=self._client_id, finished=finished, reason=reason))
 
     async def _run(self) -> None:
