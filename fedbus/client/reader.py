@@ -17,7 +17,8 @@ from fedbus.wire.messages import Message, Model, Part
 from fedbus.wire.transfer import Assembly, part_count
 
 _PREFETCH: Final = 8
-_SILENCE_S: Final = 60.0
+_SILENCE_S: Final = 600.0
+"""As long as a server may be dead in the middle of a publication, or a broker away."""
 _NEAR: Final = 8
 """Messages that are skipped rather than the subscription made anew."""
 

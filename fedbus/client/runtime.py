@@ -363,7 +363,7 @@ class ClientRuntime:
             if isinstance(exc, BrokerClosed):
                 raise
             self._tell(o.TaskErred(client_id=self._client_id, kind=kind, round=round_, reason=str(exc)))
-            if isinstance(task, m.FitTask):
+            if isinstance(task, m.FitTask) and not isinstance(exc, BrokerError):  # that may go better the next time
                 self._remember_end(task.task_id, str(exc))
             await self._report_failure(task, str(exc))
         else:

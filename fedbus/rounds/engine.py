@@ -161,7 +161,8 @@ class Engine:
                 folded_in=task.folded_in,
             )
         self._restored_cohort = tuple(task for task in restored.tasks if task.round == restored.rounds + 1)
-        working = {task.client_id: task.task_id for task in restored.tasks if task.state == "working"}
+        newest = {task.client_id: task for task in sorted(restored.tasks, key=lambda task: task.round)}
+        working = {client_id: task.task_id for client_id, task in newest.items() if task.state == "working"}
         for client_id in (*restored.clients, *(task.client_id for task in self._restored_cohort)):
             self._members.presume(client_id, self._now).fit_task = working.get(client_id)
 
@@ -227,6 +228,8 @@ class Engine:
                 self._evaluated(event.task_id, event.client_id, reported=True)
             case e.RoundCommitted():
                 self._committed(event)
+            case e.Reconnected():
+                self._members.renew_all(self._now + event.grace_s)
             case e.EchoHeard():
                 self._members.heard_through = event.sent_at
             case e.TasksInDoubt():
@@ -418,7 +421,10 @@ class Engine:
             self._received(event)
 
     def _reopened(self, round_: _Round) -> list[c.SendFitTask]:
-        """The cohort that was drawn before the interruption; what is not answered is sent again."""
+        """The cohort that was drawn before the interruption.
+
+        What is not answered is not sent again here: the answers may be on their way, so `TasksInDoubt` comes later.
+        """
         cohort, self._restored_cohort = self._restored_cohort, ()
         for task in cohort:
             round_.cohort[task.client_id] = task.task_id
@@ -428,12 +434,7 @@ class Engine:
                 round_.failed[task.client_id] = task.reason
         round_.lost += [client_id for client_id in round_.cohort if client_id not in self._members]
         round_.working.difference_update(round_.lost)
-        again = [
-            self._send(round_, client_id, task_id)
-            for client_id, task_id in round_.cohort.items()
-            if client_id in round_.working and self._tasks[task_id].state is not TaskState.HELD
-        ]
-        return again + self._new_tasks(round_)
+        return self._new_tasks(round_)
 
     def _grow_cohort(self) -> None:
         """Fill the places that a late joiner brings, a lost client leaves or a straggler can take again."""

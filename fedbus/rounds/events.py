@@ -90,6 +90,13 @@ class EchoHeard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reconnected:
+    """There was no way to hear anybody; clients may take `grace_s` longer than we did to find the broker again."""
+
+    grace_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TasksInDoubt:
     """What was asked, or answered, may be lost: by all, or by one client."""
 
@@ -112,6 +119,7 @@ Event: TypeAlias = (
     | EvaluateReported
     | RoundCommitted
     | EchoHeard
+    | Reconnected
     | TasksInDoubt
     | StopRequested
 )

@@ -47,7 +47,7 @@ class Membership:
             self._members[client_id] = Member(client_id, session, now)
             return True
         member.session = session
-        member.heard_at = now
+        member.heard_at = max(member.heard_at, now)
         self._members.move_to_end(client_id)
         return False
 
@@ -56,6 +56,11 @@ class Membership:
         if client_id not in self._members:
             self._members[client_id] = Member(client_id, "", now)
         return self._members[client_id]
+
+    def renew_all(self, heard_at: float) -> None:
+        """Take everybody for heard at `heard_at`."""
+        for member in self._members.values():
+            member.heard_at = max(member.heard_at, heard_at)
 
     def remove(self, client_id: str) -> Member | None:
         return self._members.pop(client_id, None)

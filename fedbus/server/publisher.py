@@ -16,6 +16,9 @@ from fedbus.wire.transfer import Outgoing, checksum
 _LOOK_EVERY_BYTES: Final = 64 << 20
 """How much is published between two looks at where the stream ends."""
 
+_PATIENCE_S: Final = 600.0
+"""For the end of the stream to come back to us: the broker may be away meanwhile."""
+
 
 class ModelPublisher:
     """Writes model versions into the stream, each once, however many clients read it.
@@ -86,7 +89,7 @@ class ModelPublisher:
     async def _end_of(self, transfer: str, index: int) -> int:
         """The offset of the part that was published last."""
         try:
-            async with asyncio.timeout(60), self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
+            async with asyncio.timeout(_PATIENCE_S), self._bus.consume(MODEL, prefetch=1, offset="last") as consumer:
                 while True:
                     delivery = await consumer.receive()
                     await consumer.ack(delivery)

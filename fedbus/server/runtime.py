@@ -77,6 +77,8 @@ _GOODBYE_S = 3600.0
 _REDELIVERY_PAUSE_S = 0.2
 """The broker has given again what it had once nothing has come for so long."""
 _REDELIVERY_MOST_S = 30.0
+_RECONNECT_S = 10.0
+"""The longest pause between two attempts to connect, of clients as of ourselves."""
 _TIDY_EVERY_S = 2.0
 _SMALL_BYTES = 4 << 20
 """Models up to here are folded and checked on the event loop, in a few milliseconds."""
@@ -177,6 +179,7 @@ class Server:
         self._model: dict[str, Array] | None = None
         self._model_bytes = 0
         self._version = 0
+        self._durable_version: int | None = None  # what the ledger names
         self._offsets: dict[int, int] = {}  # version -> offset of its head, for the last two versions
         self._fold_state: Any = None
         self._folded: list[tuple[str, FoldedUpdate]] = []  # with their task ids
@@ -210,6 +213,7 @@ class Server:
         """Say, after a loss of the connection, that there is one again: what was under way may come again, or never."""
         if self._intake is not None:
             self._intake.disturbed()
+            self._events.put(e.Reconnected(grace_s=_RECONNECT_S))
             self._in_doubt.set()
 
     async def run(self) -> History:
@@ -312,7 +316,7 @@ class Server:
             self._model = await self._initial_model()
             return
         assert self._folder is not None
-        self._version = self._last_commit.version
+        self._version = self._durable_version = self._last_commit.version
         self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
 
     def _tell_start(self) -> None:
@@ -556,6 +560,8 @@ class Server:
                 await self._outbound.put((command.client_id, task, self._app.rounds.timeout_s))
             case c.SendFitTask():
                 await self._send_fit_task(command, None)
+            case c.SendEvaluateTask() if command.version not in self._offsets:
+                pass  # repeated, of a version long past: its first copy is in the inbox
             case c.SendEvaluateTask():
                 await self._outbound.put((command.client_id, self._evaluate_task(command), command.timeout_s))
             case c.Fold():
@@ -805,9 +811,10 @@ class Server:
                 assert self._model is not None
                 self._folder.save_checkpoint(self._model, run_id=self._run_id, version=self._version)
             commit()
+        self._durable_version = self._version
 
     async def _go_on(self, intake: UpdateIntake) -> None:
-        """Go on from the last commit: what the broker gives again is taken in before tasks are repeated."""
+        """Go on from the last commit. What the broker gives again is folded as it comes; then tasks are repeated."""
         assert self._model is not None
         self._model_bytes = sum(value.nbytes for value in self._model.values())
         intake.expect(self._model)
@@ -820,8 +827,9 @@ class Server:
             await self._outbound.put((client_id, receipt, self._app.rounds.timeout_s))
         if (rounds[-1].central if rounds else self._history.initial) is None:
             await self._evaluate_centrally(last)
-        await intake.quiet(_REDELIVERY_PAUSE_S, _REDELIVERY_MOST_S)
+        intake.disturbed()
         self._events.put(e.ModelReady())
+        self._in_doubt.set()
         await publishing
         self._release_pages()
 
@@ -891,6 +899,8 @@ class Server:
                 await asyncio.to_thread(check_finite, model)
         except UpdateRefused as exc:
             self._tell(o.AggregateDiscarded(round=command.round, reason=str(exc)))
+            for task_id, update in self._folded:
+                self._ledger.note_failed(task_id, update.client_id, "its round was discarded")
             self._folded = []
             self._last_failure = f"the aggregate of round {command.round}: {exc}"
             return
@@ -949,8 +959,8 @@ class Server:
         def tidy(folder: RunFolder) -> None:
             with _disk():
                 folder.save_history(self._history)
-                if self._model is not None:
-                    folder.settle_checkpoint(self._version)
+                if self._durable_version is not None:
+                    folder.settle_checkpoint(self._durable_version)
 
         await asyncio.to_thread(tidy, self._folder)
 

@@ -96,6 +96,8 @@ class Staging:
     def _renew(self, deliveries: dict[int, Delivery], index: int, delivery: Delivery) -> None:
         """Keep the delivery by which a part can be settled: of another connection the newer, of the same the first."""
         known = deliveries.get(index)
+        if known is not None and (known.generation, known.tag) == (delivery.generation, delivery.tag):
+            return
         if known is not None and known.generation == delivery.generation:
             self._copies.append(_bare(delivery))
         else:
@@ -119,9 +121,10 @@ class Staging:
             transfer = _Transfer(head=head, assembly=PartedAssembly(head.schema, head.part_bytes), touched_at=now)
             self._transfers[head.transfer] = transfer
         self._take(transfer, head, delivery, now)
-        orphans = self._orphans.pop(head.transfer, None)
+        orphans = self._orphans.get(head.transfer)
         for part, its_delivery in orphans.parts if orphans else ():
             self._take(transfer, part, its_delivery, now)
+        self._orphans.pop(head.transfer, None)  # only now: what is refused must be found whole
         return self._finish(transfer)
 
     def add(self, part: Part, delivery: Delivery, now: float) -> int | None:

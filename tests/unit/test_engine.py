@@ -764,6 +764,8 @@ def test_the_round_that_was_open_goes_on_with_its_cohort_and_its_tasks_are_sent_
     story = resumed(was("a", 2), was("b", 2), was("c", 2), clients="abcde")
     said = story.happens(e.ModelReady())
     assert set(one(said, c.RoundOpened).cohort) >= {"a", "b", "c"}
+    assert not tasked(said) & {"a", "b", "c"}  # their answers may be on their way
+    said = story.happens(e.TasksInDoubt())
     assert {command.task_id for command in all_of(said, c.SendFitTask)} >= {f"run/fit/2/{x}" for x in "abc"}
     assert {command.version for command in all_of(said, c.SendFitTask)} == {1}
 
@@ -772,8 +774,8 @@ def test_updates_that_come_again_before_the_round_is_open_wait_for_it_and_are_no
     story = resumed(was("a", 2), was("b", 2), was("c", 2))
     assert settled(story.update("a", 2)) == []
     said = story.happens(e.ModelReady())
-    assert tasked(said) == {"b", "c"}
     assert [command.client_id for command in all_of(said, c.Fold)] == ["a"]
+    assert tasked(story.happens(e.TasksInDoubt())) == {"b", "c"}
     story.update("b", 2)
     story.update("c", 2)
     assert {folded.client_id for folded in one(story.said, c.Commit).folded} == {"a", "b", "c"}
@@ -781,7 +783,8 @@ def test_updates_that_come_again_before_the_round_is_open_wait_for_it_and_are_no
 
 def test_a_failure_that_was_known_is_in_the_round_and_is_not_asked_for_again() -> None:
     story = resumed(was("a", 2, "failed", reason="no data"), was("b", 2), was("c", 2))
-    assert tasked(story.happens(e.ModelReady())) == {"b", "c"}
+    story.happens(e.ModelReady())
+    assert tasked(story.happens(e.TasksInDoubt())) == {"b", "c"}
     story.update("b", 2)
     story.update("c", 2)
     commit = one(story.said, c.Commit)
@@ -845,14 +848,15 @@ def test_a_run_that_was_committed_to_its_end_ends_though_nobody_is_there() -> No
 
 
 @pytest.mark.parametrize("tasks", [(), (was("a", 2), was("b", 2), was("c", 2))])
-def test_an_evaluation_that_was_not_complete_is_asked_for_behind_the_tasks_of_the_round(
+def test_an_evaluation_that_was_not_complete_is_asked_for_behind_the_new_tasks_of_the_round(
     tasks: tuple[RestoredTask, ...],
 ) -> None:
     story = resumed(*tasks, evaluation_due=True, fraction_evaluate=1.0)
     said = story.happens(e.ModelReady())
     sent = [command for command in said if isinstance(command, c.SendFitTask | c.SendEvaluateTask)]
-    assert [type(command) for command in sent] == [c.SendFitTask] * 3 + [c.SendEvaluateTask] * 3
-    assert {command.client_id for command in sent[3:]} == {"a", "b", "c"}
+    new = [] if tasks else [c.SendFitTask] * 3
+    assert [type(command) for command in sent] == new + [c.SendEvaluateTask] * 3
+    assert {command.client_id for command in sent[-3:]} == {"a", "b", "c"}
     assert {(command.round, command.version) for command in all_of(said, c.SendEvaluateTask)} == {(1, 1)}
     assert not all_of(story.happens(e.TasksInDoubt(client_id="x")), c.SendEvaluateTask)
 
@@ -995,3 +999,24 @@ def test_an_update_that_is_held_is_here_and_one_of_a_lost_client_is_awaited() ->
     story.commit()
     story.happens(e.ClientLeft(client_id="a", session="a", reason="bye"))
     assert story.engine.fate("run/fit/2/a", "a") is Fate.AWAITED
+
+
+def test_a_client_is_busy_with_its_newest_task_not_with_one_that_was_lost_long_ago() -> None:
+    story = resumed(
+        was("a", 1), was("a", 2, "folded", folded_in=2), was("b", 2, "folded", folded_in=2), rounds=2, clients="ab"
+    )
+    assert tasked(story.happens(e.ModelReady())) == {"a", "b"}
+
+
+def test_after_an_outage_everybody_has_a_fresh_lease_and_the_time_to_find_the_broker_again() -> None:
+    story = Story(lease_s=20.0, heartbeat_s=5.0)
+    story.join("a", "b")
+    story.happens(e.EchoHeard(sent_at=0.0))
+    story.now = 40.0
+    story.happens(e.Reconnected(grace_s=10.0))
+    story.happens(e.EchoHeard(sent_at=41.0))
+    assert not all_of(story.wait(1.0), c.MemberLost)
+    story.beat("a")
+    story.now = 71.0
+    story.happens(e.EchoHeard(sent_at=70.5))
+    assert {lost.client_id for lost in all_of(story.wait(0.1), c.MemberLost)} == {"a", "b"}

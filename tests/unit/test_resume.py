@@ -968,3 +968,19 @@ async def test_whatever_operation_fails_the_run_ends_with_the_same_bits(who: str
         if not fault.happened:
             break
     assert nth > 40
+
+
+async def test_an_evaluation_of_a_version_long_past_is_not_repeated_and_harms_nothing() -> None:
+    counting = Counting()
+    slow = threading.Event()
+    counting.evaluate_hooks.append(lambda client, round_: slow.wait(20) if (client, round_) == ("c1", 1) else None)
+    app = counting.app(num_rounds=6, rounds={"fraction_evaluate": 1.0, "min_fit_clients": 2, "timeout_s": 20.0})
+    async with federation(app, supervised=True) as story:
+        serving = story.start_server()
+        clients = [story.start_client(client) for client in CLIENTS]
+        await story.until(o.RoundClosed, round=5)
+        story.links["server"].drop()
+        await asyncio.sleep(0.2)
+        slow.set()
+        assert (await serving).finished
+        await asyncio.gather(*clients)
