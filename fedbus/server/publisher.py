@@ -36,13 +36,18 @@ class ModelPublisher:
         self._last: tuple[str, int] | None = None  # transfer and index of the part published last
         self._unseen_bytes = 0
         self._is_declared = False
+        self._turn = asyncio.Lock()
 
     async def publish(self, model: Tensors, version: int, head_out: asyncio.Future[int]) -> tuple[int, int]:
         """Publish `version`; its parts and payload bytes.
 
         `head_out` is given the offset to begin to read at as soon as the first part is there: readers need not wait for
-        the last.
+        the last. Versions go in one after the other: the parts of two must never mix.
         """
+        async with self._turn:
+            return await self._publish(model, version, head_out)
+
+    async def _publish(self, model: Tensors, version: int, head_out: asyncio.Future[int]) -> tuple[int, int]:
         outgoing = Outgoing(model)
         if not self._is_declared:
             await self._declare(outgoing.nbytes)

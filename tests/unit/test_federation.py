@@ -972,6 +972,19 @@ async def test_every_version_is_found_whatever_gaps_the_stream_has() -> None:
     await one_reader.close()
 
 
+async def test_versions_that_are_published_at_once_do_not_mix_their_parts() -> None:
+    """A round that a resumed server closes at once must not put its version between the parts of the last one."""
+    bus = MemoryBroker().connect()
+    publisher = ModelPublisher(bus, run_id="run", epoch=1)
+    found = await asyncio.gather(
+        *(publish(publisher, {"w": np.full(800_000, version, np.float32)}, version) for version in (0, 1))
+    )
+    for version, (offset, _) in enumerate(found):
+        reader = ModelReader(bus)
+        assert np.unique((await reader.read(place(version, offset)))["w"]).tolist() == [version]
+        await reader.close()
+
+
 async def test_a_version_that_is_no_longer_in_the_stream_is_not_mistaken_for_another() -> None:
     bus = MemoryBroker().connect()
     publisher = ModelPublisher(bus, run_id="run", epoch=1)
