@@ -17,6 +17,9 @@ Array: TypeAlias = NDArray[Any]
 Tensors: TypeAlias = Mapping[str, Array]
 """A model or an update: tensor name -> ndarray, in the model's own order."""
 
+Piece: TypeAlias = tuple[str, int, Array]
+"""A run of a tensor's elements: the tensor's name, the flat index of the first of them, and they themselves, 1-d."""
+
 Scalar: TypeAlias = bool | int | float | str | bytes
 
 Metrics: TypeAlias = Mapping[str, Scalar]

@@ -5,12 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from fedbus.types import Array, Metrics, Tensors
-
-Piece: TypeAlias = tuple[str, int, Array]
-"""A tensor's name, the flat index of the run's first element, and the run of elements, flat."""
+from fedbus.types import Array, Metrics, Piece, Tensors
 
 
 @runtime_checkable

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 import xxhash
 
 from fedbus.errors import DecodeError
-from fedbus.types import Array, Tensors
+from fedbus.types import Array, Piece, Tensors
 from fedbus.wire.arrays import ALIGN, DTYPES, Buffer, Schema, offsets, payload_bytes, schema_of, views
 from fedbus.wire.codec import MAX_PART_BYTES
 from fedbus.wire.messages import Model, Part, Update
@@ -20,9 +20,6 @@ MIN_PART_BYTES: Final = 1 << 16
 """What a receiver takes at the least: bookkeeping per part must not outweigh the parts."""
 
 _63_BITS: Final = (1 << 63) - 1
-
-Piece: TypeAlias = tuple[str, int, Array]
-"""A run of a tensor's elements: its name, the flat index of the first of them, and they themselves, 1-d."""
 
 
 def checksum(buffers: Buffer | Sequence[Buffer]) -> int:

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbus.strategies.base import ClientUpdate, Piece
+from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.exact import BLOCK
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.delta import update_delta
-from fedbus.types import Array, Metrics, Tensors
+from fedbus.types import Array, Metrics, Piece, Tensors
 
 
 def average(
