@@ -87,16 +87,18 @@ class Outbox:
         if entry.is_large:
             await self._ask(entry)
         head = encode(self._message(entry, 0))
-        slots = asyncio.Semaphore(_PARTS_AT_ONCE)
+        indices = iter(range(entry.outgoing.parts))
 
-        async def send(index: int) -> None:
-            async with slots:
-                if not entry.is_settled:
-                    body = encode(self._message(entry, index)) if index else head
-                    await self._bus.publish(UPDATES, "", body)
+        async def send_next() -> None:
+            for index in indices:
+                if entry.is_settled:
+                    return
+                body = encode(self._message(entry, index)) if index else head
+                await self._bus.publish(UPDATES, "", body)
 
-        # Started in order, so sent in order: the head comes first.
-        sending = [asyncio.ensure_future(send(index)) for index in range(entry.outgoing.parts)]
+        # Each takes the next part when its last is confirmed: sent in order, the head first.
+        at_once = min(_PARTS_AT_ONCE, entry.outgoing.parts)
+        sending = [asyncio.ensure_future(send_next()) for _ in range(at_once)]
         try:
             await asyncio.gather(*sending)
         finally:
