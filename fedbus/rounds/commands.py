@@ -187,6 +187,7 @@ class CohortGrew:
 @dataclass(frozen=True, kw_only=True)
 class FitFailed:
     client_id: str
+    task_id: str
     round: int
     reason: str
 

@@ -181,6 +181,14 @@ class Engine:
         """The living clients, sorted."""
         return tuple(sorted(member.client_id for member in self._members))
 
+    @property
+    def num_members(self) -> int:
+        return len(self._members)
+
+    def is_member(self, client_id: str) -> bool:
+        """Whether this client is among the living."""
+        return client_id in self._members
+
     def awaits(self, task_id: str, client_id: str) -> bool:
         """Whether an update for this task could still be taken: nothing else is worth any memory."""
         if task_id == self._task_id("parameters", 0, client_id):
@@ -321,6 +329,8 @@ class Engine:
                 if client_id in self._round.working and client_id in self._members and only in (None, client_id):
                     self._out.append(self._send(self._round, client_id, task_id))
         for evaluation in self._evaluations.values():
+            if evaluation.version != self._version:
+                continue  # long asked for: what is left of it is in the inboxes
             asked = {task: client for task, client in evaluation.outstanding.items() if only in (None, client)}
             self._out += self._evaluate_tasks(evaluation, asked)
 
@@ -636,7 +646,9 @@ class Engine:
             return
         task = self._tasks.get(event.task_id)
         if task is not None and task.client_id == event.client_id and task.state is TaskState.WORKING:
-            self._out.append(c.FitFailed(client_id=event.client_id, round=task.round, reason=event.reason))
+            self._out.append(
+                c.FitFailed(client_id=event.client_id, task_id=event.task_id, round=task.round, reason=event.reason)
+            )
             self._fail(event.task_id, task, event.reason)
 
     def _parameters_failed(self, task_id: str, reason: str) -> None:

@@ -180,4 +180,4 @@ class UpdateIntake:
                     self._report_invalid(self._staging.give_up(transfer), reason)
 
     def _may_go_on(self, head: m.Update) -> bool:
-        return head.client_id in self._engine.members and self._engine.awaits(head.task_id, head.client_id)
+        return self._engine.is_member(head.client_id) and self._engine.awaits(head.task_id, head.client_id)

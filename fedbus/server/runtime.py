@@ -214,6 +214,7 @@ class Server:
         if self._intake is not None:
             self._intake.disturbed()
             self._events.put(e.Reconnected(grace_s=_RECONNECT_S))
+            self._in_question.set()  # the broker may have been away for us alone, and another server gone on
             self._in_doubt.set()
 
     async def run(self) -> History:
@@ -488,7 +489,6 @@ class Server:
         while True:
             await self._in_doubt.wait()
             self._in_doubt.clear()
-            self._ledger.check_not_fenced()  # the broker may have been away for us alone, and another server gone on
             await intake.quiet(_REDELIVERY_PAUSE_S, _REDELIVERY_MOST_S)
             self._events.put(e.TasksInDoubt())
 
@@ -560,8 +560,6 @@ class Server:
                 await self._outbound.put((command.client_id, task, self._app.rounds.timeout_s))
             case c.SendFitTask():
                 await self._send_fit_task(command, None)
-            case c.SendEvaluateTask() if command.version not in self._offsets:
-                pass  # repeated, of a version long past: its first copy is in the inbox
             case c.SendEvaluateTask():
                 await self._outbound.put((command.client_id, self._evaluate_task(command), command.timeout_s))
             case c.Fold():
@@ -593,7 +591,7 @@ class Server:
             version=command.version,
             offset=self._offsets[command.version],
             timeout_s=command.timeout_s,
-            eager_bytes=eager_share(len(self._engine.members) if self._engine else 1),
+            eager_bytes=eager_share(self._engine.num_members if self._engine else 1),
             config=self._app.fit_config_of(command.round),
             receipt_task_id=receipt.task_id if receipt else "",
             receipt_round=receipt.round if receipt else 0,
@@ -631,10 +629,9 @@ class Server:
                 self._jobs.put_nowait(notice)
             case c.FitFailed():
                 self._last_failure = f"{notice.client_id}: {notice.reason}"
-                task_id = f"{self._run_id}/fit/{notice.round}/{notice.client_id}"
-                self._ledger.note_failed(task_id, notice.client_id, notice.reason)
+                self._ledger.note_failed(notice.task_id, notice.client_id, notice.reason)
                 if self._intake is not None:
-                    self._intake.slots.release(task_id)
+                    self._intake.slots.release(notice.task_id)
             case c.EvaluateFailed():
                 record = self._history.record(notice.round)
                 if record is not None:

@@ -90,7 +90,7 @@ class UploadSlots:
 
     def pump(self) -> None:
         """Grant what can be granted now."""
-        while self._waiting and not self._is_full() and self._has_room(next(iter(self._waiting.values())).nbytes):
+        while self._waiting and self._has_room(next(iter(self._waiting.values())).nbytes) and not self._is_full():
             task_id, upload = self._waiting.popitem(last=False)
             upload.touched_at = time.monotonic()
             self._granted[task_id] = upload
