@@ -5,6 +5,7 @@ Each run must end with the model of a run without faults, byte for byte. Longer 
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -136,6 +137,23 @@ def test_a_client_stopped_beyond_its_lease_is_lost_and_comes_back(tmp_path: Path
     assert verdict.rounds == settings.rounds
     assert (verdict.lost, verdict.duplicated, verdict.unexpected, verdict.disagreeing) == ((), (), (), ())
     assert any(event["round"] >= 5 for event in fleet.events(SERVER, "update_folded", client_id="c3"))
+
+
+def test_a_broker_that_hangs_for_longer_than_the_leases_costs_nobody_its_place(
+    tmp_path: Path, node: PrivateNode
+) -> None:
+    settings = replace(SMALL, rounds=6, lease_s=2.0, gate="c1/3")
+    with Fleet(tmp_path, settings, node.url) as fleet:
+        fleet.start()
+        fleet.until_event(SERVER, "round_opened", round=3)
+        os.kill(node.pid, signal.SIGSTOP)
+        try:
+            fleet.open_gate()
+            time.sleep(2.5 * settings.lease_s)
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+        check_sound(fleet, settings)
+        assert fleet.events(SERVER, "member_lost") == []
 
 
 # ---- alarms ----------------------------------------------------------------------------------------------------------
