@@ -42,9 +42,10 @@ class Entry:
 class Outbox:
     """The updates of one client that have no receipt yet."""
 
-    def __init__(self, bus: Bus, client_id: str) -> None:
+    def __init__(self, bus: Bus, client_id: str, jitter: random.Random | None = None) -> None:
         self._bus = bus
         self._client_id = client_id
+        self._jitter = jitter or random.Random()
         self._entries: OrderedDict[str, Entry] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -118,7 +119,7 @@ class Outbox:
         while not (entry.granted.is_set() or entry.is_settled):
             await self._bus.publish(CONTROL, "", request, expires_s=4 * _ASK_EVERY_S)
             try:
-                async with asyncio.timeout(_ASK_EVERY_S * random.uniform(0.8, 1.2)):
+                async with asyncio.timeout(_ASK_EVERY_S * self._jitter.uniform(0.8, 1.2)):
                     await entry.granted.wait()
             except TimeoutError:
                 continue  # the question or the answer may be lost

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,6 +23,7 @@ from fedbus.bus.base import Bus, Consumer, Delivery, hold_patiently
 from fedbus.bus.topology import CONTROL, client_inbox, client_lock, inbox, ingress
 from fedbus.client.outbox import Entry, Outbox
 from fedbus.client.reader import ModelReader, Place
+from fedbus.clock import now
 from fedbus.config import check_client_id
 from fedbus.errors import (
     BrokerClosed,
@@ -47,7 +47,7 @@ from fedbus.training.base import (
     check_tensors,
 )
 from fedbus.training.delta import update_delta
-from fedbus.training.thread import UserThread
+from fedbus.training.thread import Caller, UserThread
 from fedbus.types import Config, Metrics, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
@@ -96,6 +96,9 @@ class ClientRuntime:
         client_id: the client's stable name.
         partition, num_partitions: which part of the data is this client's, where fedbus starts the clients itself.
         observers: called with each event of `fedbus.observe.events`.
+        context: what `client_fn` is given; None makes one.
+        caller: runs the user's code; None: a thread does.
+        jitter: keeps clients from speaking all at once.
     """
 
     def __init__(
@@ -107,11 +110,16 @@ class ClientRuntime:
         partition: int = 0,
         num_partitions: int = 1,
         observers: Sequence[o.Observe] = (),
+        context: ClientContext | None = None,
+        caller: Caller | None = None,
+        jitter: random.Random | None = None,
     ) -> None:
         self._app = app
         self._bus = bus
         self._client_id = check_client_id(client_id)
-        self._context = ClientContext(client_id=client_id, partition=partition, num_partitions=num_partitions)
+        self._context = context or ClientContext(
+            client_id=client_id, partition=partition, num_partitions=num_partitions
+        )
         self._observers = tuple(observers)
         self._session = uuid.uuid4().hex[:12]
         self._run_id: str | None = None
@@ -123,9 +131,10 @@ class ClientRuntime:
         self._current: _Pending | None = None
         self._work = asyncio.Event()
         self._reader = ModelReader(bus)
-        self._outbox = Outbox(bus, client_id)
+        self._jitter = jitter or random.Random()
+        self._outbox = Outbox(bus, client_id, self._jitter)
         self._client: Client | None = None
-        self._thread = UserThread(f"fedbus-{client_id}")
+        self._thread: Caller = caller or UserThread(f"fedbus-{client_id}")
         self._inbox: Consumer | None = None
         self._over = asyncio.Event()
         self._result: m.RunEnded | None = None
@@ -217,7 +226,7 @@ class ClientRuntime:
             with contextlib.suppress(PublishUnconfirmed):
                 await self._bus.publish(CONTROL, "", encode(join), expires_s=2 * pause_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s * random.uniform(0.8, 1.2)):
+                async with asyncio.timeout(pause_s * self._jitter.uniform(0.8, 1.2)):
                     await self._welcomed.wait()
             if not self._welcomed.is_set() and not awaited:
                 awaited = True
@@ -346,7 +355,7 @@ class ClientRuntime:
     async def _answer(self, task: m.Task) -> None:
         kind = type(task).__name__.removesuffix("Task").lower()
         round_ = _round_of(task)
-        started_at = time.monotonic()
+        started_at = now()
         self._tell(o.TaskStarted(client_id=self._client_id, kind=kind, round=round_))
         self._context._reset()
         if self._over.is_set():
@@ -367,7 +376,7 @@ class ClientRuntime:
                 self._remember_end(task.task_id, str(exc))
             await self._report_failure(task, str(exc))
         else:
-            seconds = time.monotonic() - started_at
+            seconds = now() - started_at
             self._tell(o.TaskCompleted(client_id=self._client_id, kind=kind, round=round_, seconds=seconds))
 
     async def _report_failure(self, task: m.Task, reason: str) -> None:
@@ -377,7 +386,7 @@ class ClientRuntime:
     async def _in_thread(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call the user's code. Raises `ClientCodeError` for whatever it raises."""
         try:
-            return await self._thread.call(function, *args)
+            return await self._thread.call(what, function, *args)
         except ClientCodeError:
             raise
         except Exception as exc:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.topology import UPDATES
+from fedbus.clock import now
 from fedbus.config import check_client_id
 from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
 from fedbus.observe import events as o
@@ -52,7 +52,7 @@ class UpdateIntake:
         self._staging = Staging()
         self._check: UpdateCheck | None = None
         self._stalled_after_s = stalled_after_s
-        self._last_arrival = time.monotonic()
+        self._last_arrival = now()
         self.slots = UploadSlots(
             grant, missing_bytes=self._staging.missing_bytes, is_full=self._staging.waits_to_be_folded
         )
@@ -84,20 +84,20 @@ class UpdateIntake:
 
     async def quiet(self, pause_s: float, most_s: float) -> None:
         """Wait until nothing has come for `pause_s`, `most_s` at the most: all that had to come again is here."""
-        give_up_at = time.monotonic() + most_s
+        give_up_at = now() + most_s
         rest_s = pause_s
-        while rest_s > 0 and time.monotonic() < give_up_at:
+        while rest_s > 0 and now() < give_up_at:
             await asyncio.sleep(rest_s)
-            rest_s = self._last_arrival + pause_s - time.monotonic()
+            rest_s = self._last_arrival + pause_s - now()
 
     def disturbed(self) -> None:
         """Much may come again now: `quiet` begins to count anew."""
-        self._last_arrival = time.monotonic()
+        self._last_arrival = now()
 
     async def receive(self) -> None:
         """Take in what comes, for ever."""
         async for delivery in self._consumer:
-            self._last_arrival = time.monotonic()
+            self._last_arrival = now()
             try:
                 message = decode(delivery.body)
                 if not isinstance(message, m.Update | m.Part):
@@ -117,14 +117,14 @@ class UpdateIntake:
                 await self._consumer.ack(*copies)
 
     async def _stage(self, message: m.Update | m.Part, delivery: Delivery) -> None:
-        now = time.monotonic()
+        arrived_at = now()
         try:
             if isinstance(message, m.Part):
-                token = self._staging.add(message, delivery, now)
+                token = self._staging.add(message, delivery, arrived_at)
             else:
                 self._check_head(message)
                 await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
-                token = self._staging.begin(message, delivery, now)
+                token = self._staging.begin(message, delivery, arrived_at)
         except UpdateRefused as exc:
             self._report_invalid(self._staging.refuse(message, delivery), str(exc))
         except DecodeError as exc:
@@ -166,14 +166,14 @@ class UpdateIntake:
         """Now and then: give up uploads whose sender is gone, and ask again for those whose sender lives."""
         while True:
             await asyncio.sleep(self._stalled_after_s / 4)
-            before = time.monotonic() - self._stalled_after_s
+            before = now() - self._stalled_after_s
             self.slots.release_stalled(before)
             for transfer in self._staging.stalled(before):
                 head = self._staging.head_of(transfer)
                 if head is None:
                     await self._forget([transfer])
                 elif self._may_go_on(head):
-                    self._staging.touch(transfer, time.monotonic())
+                    self._staging.touch(transfer, now())
                     self._put(e.TasksInDoubt(client_id=head.client_id))
                 else:
                     reason = f"its upload stopped half-way, {self._stalled_after_s:.0f} s ago"

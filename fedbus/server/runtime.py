@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from typing import Any, TypeAlias
 from fedbus.app import App
 from fedbus.bus.base import Bus, Consumer, hold_patiently
 from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, ingress
+from fedbus.clock import now
 from fedbus.config import check_client_id
 from fedbus.errors import (
     ClientCodeError,
@@ -64,7 +64,7 @@ from fedbus.server.staging import StagedUpdate, check_finite
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import check_evaluate_result
-from fedbus.training.thread import UserThread
+from fedbus.training.thread import Caller, UserThread
 from fedbus.types import Array, EvaluateResult, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
@@ -134,6 +134,8 @@ class Server:
         resume: go on with the run in `run_dir` where its last server had to stop; begin one when there is none.
         observers: called with each event of `fedbus.observe.events`.
         stalled_after_s: seconds of silence after which an upload is asked for again, or given up if its sender is gone.
+        run_id: the name of a new run; None makes one up.
+        caller: runs the app's own code; None: a thread does.
     """
 
     def __init__(
@@ -145,13 +147,15 @@ class Server:
         resume: bool = False,
         observers: Sequence[o.Observe] = (),
         stalled_after_s: float = 60.0,
+        run_id: str | None = None,
+        caller: Caller | None = None,
     ) -> None:
         self._app = app
         self._bus = bus
         self._observers = tuple(observers)
         self._folder = None if run_dir is None else RunFolder(run_dir, resume=resume)
         self._ledger = Ledger(None)
-        self._run_id = uuid.uuid4().hex[:12]
+        self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
         self._stalled_after_s = stalled_after_s
         self._history = History(
@@ -169,13 +173,13 @@ class Server:
         # At most one evaluation waits: a slow evaluate_fn slows the rounds down instead of piling up models.
         self._central: asyncio.Queue[tuple[int, dict[str, Array]]] = asyncio.Queue(1)
         self._sending: set[asyncio.Task[None]] = set()
-        self._user_thread = UserThread("fedbus-evaluate")
+        self._user_thread: Caller = caller or UserThread("fedbus-evaluate")
         self._ended = asyncio.Event()
         self._stopping = asyncio.Event()
         self._in_question = asyncio.Event()
         self._in_doubt = asyncio.Event()
         self._members_changed = asyncio.Event()
-        self._started_at = time.monotonic()
+        self._started_at = 0.0
         self._model: dict[str, Array] | None = None
         self._model_bytes = 0
         self._version = 0
@@ -299,13 +303,13 @@ class Server:
             last = self._last_commit = self._ledger.take_over(max_staleness=self._app.rounds.max_staleness)
             self._history = last.history
             self._run_id, self._epoch = last.history.run_id, last.epoch
-            self._started_at = time.monotonic() - last.seconds
+            self._started_at = now() - last.seconds
             # Who had joined just before the end may be missing from the notes, and must be sent home like the others.
             tasked = [task.client_id for task in last.tasks]
             self._history.clients_joined = list(dict.fromkeys([*self._history.clients_joined, *last.members, *tasked]))
         else:
             self._ledger.begin(self._history)
-            self._started_at = time.monotonic()
+            self._started_at = now()
         self._publisher = ModelPublisher(self._bus, run_id=self._run_id, epoch=self._epoch)
         if self._history.finished:
             assert self._folder is not None
@@ -350,7 +354,7 @@ class Server:
             run_id=self._run_id,
             has_model=has_model,
             restored=restored,
-            now=time.monotonic(),
+            now=now(),
         )
 
     def _evaluation_is_due(self) -> bool:
@@ -388,7 +392,7 @@ class Server:
     async def _initial_model(self) -> dict[str, Array] | None:
         """A copy: the app's own arrays may change."""
         try:
-            model = await self._user_thread.call(self._app.initial_model)
+            model = await self._user_thread.call("initial_parameters", self._app.initial_model)
         except Exception as exc:  # the user's own code
             raise ConfigError(f"initial_parameters raised {_describe(exc)}") from exc
         return None if model is None else _frozen({name: value.copy() for name, value in model.items()})
@@ -398,7 +402,7 @@ class Server:
             observe(event)
 
     def _seconds(self) -> float:
-        return time.monotonic() - self._started_at
+        return now() - self._started_at
 
     # ---- in: control messages ------------------------------------------------------------------------------------
 
@@ -440,7 +444,7 @@ class Server:
                 return None
             case m.Echo():
                 is_ours = (message.run_id, message.epoch) == (self._run_id, self._epoch)
-                return e.EchoHeard(sent_at=min(message.sent_at, time.monotonic())) if is_ours else None
+                return e.EchoHeard(sent_at=min(message.sent_at, now())) if is_ours else None
             case _:
                 raise DecodeError(f"a {type(message).__name__} does not belong here")
 
@@ -470,10 +474,10 @@ class Server:
     async def _listen_to_ourselves(self) -> None:
         """Prove, now and then, that what clients say is heard: silence while it is not proves nothing."""
         lease_s = self._app.rounds.lease_s
-        self._events.put(e.EchoHeard(sent_at=time.monotonic()))
+        self._events.put(e.EchoHeard(sent_at=now()))
         while True:
             await asyncio.sleep(max(0.05, lease_s / 8))
-            echo = m.Echo(run_id=self._run_id, epoch=self._epoch, sent_at=time.monotonic())
+            echo = m.Echo(run_id=self._run_id, epoch=self._epoch, sent_at=now())
             with contextlib.suppress(PublishUnconfirmed):
                 await self._bus.publish(CONTROL, "", encode(echo), expires_s=lease_s)
 
@@ -507,11 +511,11 @@ class Server:
             commands: list[c.Command] = []
             event = await self._next_event(engine.next_deadline())
             if event is not None:
-                commands += engine.handle(event, time.monotonic())
+                commands += engine.handle(event, now())
             # Only when nothing waits: a client must not be taken for silent while its heartbeat is in the queue.
             deadline = engine.next_deadline()
-            if deadline is not None and deadline <= time.monotonic() and self._events.empty():
-                commands += engine.advance(time.monotonic())
+            if deadline is not None and deadline <= now() and self._events.empty():
+                commands += engine.advance(now())
             await self._carry_out_all(commands)
 
     async def _carry_out_all(self, commands: list[c.Command]) -> None:
@@ -536,7 +540,7 @@ class Server:
                 await self._carry_out(command)
 
     async def _next_event(self, deadline: float | None) -> e.Event | None:
-        timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        timeout_s = None if deadline is None else max(0.0, deadline - now())
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._events.get()
@@ -868,7 +872,7 @@ class Server:
             self._let_go_of_memory()
             await self._publisher.find_end()  # while the clients fetch it
             await self._evaluate_centrally(command.round)
-        if time.monotonic() - self._tidied_at > _TIDY_EVERY_S:
+        if now() - self._tidied_at > _TIDY_EVERY_S:
             await self._tidy()
 
     async def _make_durable(self, record: RoundRecord, folded: list[tuple[str, FoldedUpdate]]) -> None:
@@ -876,9 +880,11 @@ class Server:
         record.seconds = round(self._seconds() - record.opened_s, 6)
         rows = [(task_id, update.client_id, update.staleness) for task_id, update in folded]
 
+        seconds = self._seconds()
+
         def commit() -> None:
             max_staleness = self._app.rounds.max_staleness
-            self._ledger.commit_round(record, rows, seconds=self._seconds(), max_staleness=max_staleness)
+            self._ledger.commit_round(record, rows, seconds=seconds, max_staleness=max_staleness)
 
         if record.version == (self._history.rounds[-1].version if self._history.rounds else 0):
             with _disk():
@@ -927,14 +933,14 @@ class Server:
 
     async def _publish_parts(self, head: asyncio.Future[int]) -> None:
         assert self._model is not None
-        started_at = time.monotonic()
+        started_at = now()
         parts, payload_bytes = await self._publisher.publish(self._model, self._version, head)
         self._tell(
             o.ModelPublished(
                 version=self._version,
                 payload_bytes=payload_bytes,
                 parts=parts,
-                seconds=time.monotonic() - started_at,
+                seconds=now() - started_at,
             )
         )
 
@@ -949,7 +955,7 @@ class Server:
 
     async def _tidy(self) -> None:
         """What may lag behind the ledger: history.json, model.safetensors, and the end of older checkpoints."""
-        self._tidied_at = time.monotonic()
+        self._tidied_at = now()
         if self._folder is None:
             return
 
@@ -1003,7 +1009,7 @@ class Server:
     async def _call_evaluate_fn(self, round: int, model: dict[str, Array]) -> Evaluation | None:
         assert self._app.evaluate_fn is not None
         try:
-            result: Any = await self._user_thread.call(self._app.evaluate_fn, round, dict(model))
+            result: Any = await self._user_thread.call("evaluate_fn", self._app.evaluate_fn, round, dict(model))
         except Exception as exc:  # the user's own code
             _LOGGER.debug("evaluate_fn failed", exc_info=exc)
             raise ClientCodeError(_describe(exc)) from exc

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
+
+from fedbus.clock import now
 
 STAGING_BYTES: Final = 128 << 20
 """What may be under way at a time; one upload always may, however large."""
@@ -27,7 +28,7 @@ def eager_share(clients: int) -> int:
 class _Upload:
     client_id: str
     nbytes: int
-    touched_at: float = field(default_factory=time.monotonic)
+    touched_at: float
 
 
 class UploadSlots:
@@ -45,10 +46,12 @@ class UploadSlots:
         *,
         missing_bytes: Callable[[str], int | None],
         is_full: Callable[[], bool],
+        clock: Callable[[], float] = now,
     ) -> None:
         self._grant = grant
         self._missing_bytes = missing_bytes
         self._is_full = is_full
+        self._clock = clock
         self._waiting: OrderedDict[str, _Upload] = OrderedDict()
         self._granted: dict[str, _Upload] = {}
 
@@ -60,13 +63,13 @@ class UploadSlots:
         if task_id in self._granted:
             self._grant(client_id, task_id)
         elif task_id not in self._waiting:
-            self._waiting[task_id] = _Upload(client_id, nbytes)
+            self._waiting[task_id] = _Upload(client_id, nbytes, self._clock())
         self.pump()
 
     def touch(self, task_id: str) -> None:
         """Note that something of this upload has come."""
         if task_id in self._granted:
-            self._granted[task_id].touched_at = time.monotonic()
+            self._granted[task_id].touched_at = self._clock()
             self.pump()
 
     def release(self, task_id: str) -> None:
@@ -92,7 +95,7 @@ class UploadSlots:
         """Grant what can be granted now."""
         while self._waiting and self._has_room(next(iter(self._waiting.values())).nbytes) and not self._is_full():
             task_id, upload = self._waiting.popitem(last=False)
-            upload.touched_at = time.monotonic()
+            upload.touched_at = self._clock()
             self._granted[task_id] = upload
             self._grant(upload.client_id, task_id)
 

@@ -1,4 +1,4 @@
-"""One thread for the user's code, so that the event loop stays free for heartbeats."""
+"""Where the user's code runs: in a thread of its own, so that the event loop stays free for heartbeats."""
 
 from __future__ import annotations
 
@@ -7,9 +7,22 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class Caller(Protocol):
+    """Calls the user's code, one call after the other."""
+
+    async def call(self, what: str, function: Callable[..., T], *args: Any) -> T:
+        """The result of `function(*args)`, or what it raised; `what` names it: "fit", "evaluate", ..."""
+
+    def interrupt(self) -> None:
+        """The result of the call that is running is not wanted any more; the call may not know that."""
+
+    def close(self) -> None:
+        """There will be no further call."""
 
 
 class UserThread:
@@ -23,12 +36,15 @@ class UserThread:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
-    async def call(self, function: Callable[..., T], *args: Any) -> T:
+    async def call(self, what: str, function: Callable[..., T], *args: Any) -> T:
         """The result of `function(*args)`, or what it raised (SystemExit and the like as RuntimeError)."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._calls.put(_Call(function, args, loop, future))
         return await future
+
+    def interrupt(self) -> None:
+        """Nothing: a thread cannot be interrupted, and the user's code looks at `ClientContext.cancelled`."""
 
     def close(self) -> None:
         """Let the thread end after the call that is running."""

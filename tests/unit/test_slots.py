@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ class Desk:
             lambda client, task: self.granted.append(task),
             missing_bytes=self.missing.get,
             is_full=lambda: self.full,
+            clock=time.monotonic,
         )
 
     def request(self, *tasks: str, nbytes: int = LARGE) -> None:
