@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from fedbus.api import start_client as start_client
     from fedbus.api import start_server as start_server
     from fedbus.app import App as App
+    from fedbus.config import Constant as Constant
+    from fedbus.config import Hinge as Hinge
+    from fedbus.config import Oort as Oort
+    from fedbus.config import Polynomial as Polynomial
     from fedbus.config import RoundConfig as RoundConfig
+    from fedbus.config import Tiers as Tiers
+    from fedbus.config import Uniform as Uniform
     from fedbus.errors import FedbusError as FedbusError
     from fedbus.server.history import History as History
     from fedbus.strategies.base import ClientUpdate as ClientUpdate
@@ -27,6 +33,12 @@ if TYPE_CHECKING:
     from fedbus.types import FitResult as FitResult
 
 _HOMES = {
+    "Uniform": "config",
+    "Tiers": "config",
+    "Polynomial": "config",
+    "Oort": "config",
+    "Hinge": "config",
+    "Constant": "config",
     "App": "app",
     "Client": "training.base",
     "ClientContext": "training.base",

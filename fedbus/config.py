@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from fedbus.errors import ConfigError
 
@@ -21,16 +22,166 @@ def check_client_id(client_id: str) -> str:
     return client_id
 
 
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} must be a whole number, not {value!r}")
+        if value < least:
+            raise ConfigError(f"{name} must be {least} or more, not {value}")
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} must be a positive number of seconds, not {value}")
+
+
+def _not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{name} must be 0 or more, not {value}")
+
+
+def _share(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} must be in [0, 1], not {value}")
+
+
+# ---- staleness -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Constant:
+    """s(tau) = 1: a late update counts in full."""
+
+    def __call__(self, staleness: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """s(tau) = (1 + tau)^-a, Xie et al. 2019 (Asynchronous Federated Optimization), section 5.2.
+
+    With a = 0.5 it is the 1 / sqrt(1 + tau) of Nguyen et al. 2022 (FedBuff), section 5.
+
+    Raises:
+        ConfigError: when `a` is negative or not finite.
+    """
+
+    a: float = 0.5
+
+    def __post_init__(self) -> None:
+        _not_negative(a=self.a)
+
+    def __call__(self, staleness: int) -> float:
+        return float((1 + staleness) ** -self.a)
+
+
+@dataclass(frozen=True)
+class Hinge:
+    """s(tau) = 1 while tau <= b, then 1 / (a (tau - b) + 1), Xie et al. 2019, section 5.2.
+
+    Raises:
+        ConfigError: when `a` or `b` is negative or not finite.
+    """
+
+    a: float = 10.0
+    b: float = 4.0
+
+    def __post_init__(self) -> None:
+        _not_negative(a=self.a, b=self.b)
+
+    def __call__(self, staleness: int) -> float:
+        return 1.0 if staleness <= self.b else 1.0 / (self.a * (staleness - self.b) + 1.0)
+
+
+Staleness: TypeAlias = Constant | Polynomial | Hinge
+"""s(tau): what an update that is tau versions late still counts, in (0, 1]; s(0) = 1."""
+
+
+# ---- selection -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every idle client is equally likely to be asked."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class RoundConfig:
-    """How rounds open and close.
+class Oort:
+    """Clients that are quick and have much to teach are asked more often, after Lai et al. 2021 (Oort), algorithm 1.
+
+    A client's utility is num_examples times the training loss that it reported last (metric "loss_rms", the root mean
+    square over its examples, else "loss"; 1 without either), times (T / t)^alpha when its duration t is longer than T,
+    plus a term that grows the longer it has not been asked. T is a quantile of the durations that are known, in place
+    of the paper's pacer.
 
     Args:
-        num_rounds: rounds to run.
+        alpha: how much slowness costs; 0 looks at the utility alone. The paper's default is 2.
+        duration_quantile: T is the duration that this share of the clients stays below.
+        exploration: share of the places that go to clients never tried, in round 1.
+        exploration_decay: its factor from round to round.
+        min_exploration: what it never falls below.
+
+    Raises:
+        ConfigError: when a value is out of its range.
+    """
+
+    alpha: float = 2.0
+    duration_quantile: float = 0.5
+    exploration: float = 0.9
+    exploration_decay: float = 0.98
+    min_exploration: float = 0.2
+
+    def __post_init__(self) -> None:
+        _not_negative(alpha=self.alpha)
+        _share(
+            duration_quantile=self.duration_quantile,
+            exploration=self.exploration,
+            exploration_decay=self.exploration_decay,
+            min_exploration=self.min_exploration,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiers:
+    """The cohort of a round comes from one group of about equally quick clients, after Chai et al. 2020 (TiFL).
+
+    Clients are sorted by duration into `num_tiers` groups of one size; each round draws a group, the same chance for
+    each, and fills up from the groups next to it. Whoever was never tried comes first.
+
+    Raises:
+        ConfigError: when `num_tiers` is less than 2.
+    """
+
+    num_tiers: int = 5
+
+    def __post_init__(self) -> None:
+        _at_least(2, num_tiers=self.num_tiers)
+
+
+Selection: TypeAlias = Uniform | Oort | Tiers
+
+
+# ---- rounds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundConfig:
+    """How rounds open and close. Four presets set what belongs together: `synchronous`, `semi_synchronous`,
+    `buffered` (FedBuff) and `asynchronous` (FedAsync).
+
+    Args:
+        num_rounds: rounds to run; each that had an update makes a new model version.
         min_fit_clients: a round closes once this many updates are folded (then `grace_s`).
         min_available_clients: clients that must have joined before the first round opens; None means
-            `min_fit_clients`.
+            `min_fit_clients`, and 1 when rounds are asynchronous.
         fraction_fit: share of the living clients that is tasked in a round (at least `min_fit_clients`).
+        over_selection: task `over_selection` times `min_fit_clients` clients in a round, in place of `fraction_fit`
+            (Bonawitz et al. 2019, section 9, takes 1.3).
+        is_asynchronous: whoever is idle is tasked at once, with the newest model, whether or not a round has closed.
+        concurrency: at most so many clients train at a time, when rounds are asynchronous; None: all.
         fraction_evaluate: share of the living clients that evaluates each new model; 0 turns it off.
         timeout_s: a round that is still open after this many seconds closes with what came.
         grace_s: seconds that a round stays open for more updates once `min_fit_clients` are folded; `inf`
@@ -39,9 +190,10 @@ class RoundConfig:
             `timeout_s`.
         heartbeat_s: seconds between a client's signs of life.
         lease_s: seconds of silence after which a client is taken for lost.
-        staleness_exponent: a in s(tau) = (1 + tau)^-a, the discount of an update that is tau versions old
-            (Xie et al. 2019, section 5.2, "polynomial"); 0 gives late updates their full weight.
-        max_staleness: versions beyond which a late update is refused.
+        staleness: s(tau), what an update that is tau versions late still counts.
+        max_staleness: versions beyond which a late update is refused, and its client told to stop training for it.
+        mixing: alpha of FedAsync, which every update is multiplied with, in (0, 1].
+        selection: who is asked when there are more idle clients than places.
 
     Raises:
         ConfigError: when the values cannot work together.
@@ -51,14 +203,66 @@ class RoundConfig:
     min_fit_clients: int = 2
     min_available_clients: int | None = None
     fraction_fit: float = 1.0
+    over_selection: float | None = None
+    is_asynchronous: bool = False
+    concurrency: int | None = None
     fraction_evaluate: float = 1.0
     timeout_s: float = 600.0
     grace_s: float = 0.0
     evaluate_timeout_s: float | None = None
     heartbeat_s: float = 5.0
     lease_s: float = 20.0
-    staleness_exponent: float = 0.5
-    max_staleness: int = 10
+    staleness: Staleness = Polynomial()
+    max_staleness: int = 20
+    mixing: float = 1.0
+    selection: Selection = Uniform()
+
+    @classmethod
+    def synchronous(cls, clients: int, **settings: Any) -> RoundConfig:
+        """`clients` are asked in each round, and it closes when all of them have answered (or at `timeout_s`).
+
+        Who leaves or fails is replaced while there is somebody to ask.
+        """
+        return cls._preset("synchronous", {"min_fit_clients": clients, "over_selection": 1.0}, settings)
+
+    @classmethod
+    def semi_synchronous(cls, clients: int, over_selection: float = 1.3, **settings: Any) -> RoundConfig:
+        """`over_selection` times as many as `clients` are asked in each round, and the first `clients` close it.
+
+        The others' updates count in a later round, discounted; with `max_staleness=0` they are told to stop instead.
+        `grace_s` lets more of them into their own round.
+        """
+        fixed = {"min_fit_clients": clients, "over_selection": over_selection}
+        return cls._preset("semi_synchronous", fixed, settings)
+
+    @classmethod
+    def buffered(cls, k: int = 10, **settings: Any) -> RoundConfig:
+        """FedBuff (Nguyen et al. 2022): all idle clients train on the newest model; `k` updates make the next one.
+
+        An update that is tau versions late counts 1 / sqrt(1 + tau). No federated evaluation unless it is asked for.
+        """
+        fixed = {"min_fit_clients": k, "is_asynchronous": True}
+        return cls._preset("buffered", fixed, {"fraction_evaluate": 0.0, "staleness": Polynomial(0.5), **settings})
+
+    @classmethod
+    def asynchronous(cls, alpha: float = 0.6, **settings: Any) -> RoundConfig:
+        """FedAsync (Xie et al. 2019): all idle clients train on the newest model; each update makes the next one.
+
+        The model becomes (1 - a) of itself plus a of the client's, a = `alpha` * s(tau). No federated evaluation
+        unless it is asked for.
+        """
+        fixed = {"min_fit_clients": 1, "is_asynchronous": True, "mixing": alpha}
+        return cls._preset("asynchronous", fixed, {"fraction_evaluate": 0.0, "staleness": Polynomial(0.5), **settings})
+
+    @classmethod
+    def _preset(cls, name: str, fixed: dict[str, Any], settings: dict[str, Any]) -> RoundConfig:
+        unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ConfigError(f"RoundConfig.{name} knows no setting {unknown[0]!r}")
+        twice = sorted(set(fixed) & set(settings))
+        if twice:
+            raise ConfigError(f"RoundConfig.{name} sets {twice[0]} itself: leave it out, or use RoundConfig(...)")
+        return cls(**fixed, **settings)
 
     def __post_init__(self) -> None:
         _at_least(1, num_rounds=self.num_rounds, min_fit_clients=self.min_fit_clients)
@@ -75,12 +279,47 @@ class RoundConfig:
             raise ConfigError(f"fraction_evaluate must be in [0, 1], not {self.fraction_evaluate}")
         if math.isnan(self.grace_s) or self.grace_s < 0:
             raise ConfigError(f"grace_s must be 0 or more, not {self.grace_s}")
-        if not (math.isfinite(self.staleness_exponent) and self.staleness_exponent >= 0):
-            raise ConfigError(f"staleness_exponent must be 0 or more, not {self.staleness_exponent}")
+        if not 0 < self.mixing <= 1:
+            raise ConfigError(f"mixing (alpha) must be in (0, 1], not {self.mixing}")
+        if not isinstance(self.staleness, Staleness):
+            raise ConfigError(f"staleness must be Constant(), Polynomial(a) or Hinge(a, b), not {self.staleness!r}")
+        if not isinstance(self.selection, Selection):
+            raise ConfigError(f"selection must be Uniform(), Oort(...) or Tiers(...), not {self.selection!r}")
         if self.lease_s < 2 * self.heartbeat_s:
             raise ConfigError(
                 f"lease_s ({self.lease_s}) must be at least twice heartbeat_s ({self.heartbeat_s}), "
                 "or one late heartbeat costs a client its place"
+            )
+        self._check_regime()
+
+    def _check_regime(self) -> None:
+        """What would contradict one another is refused: neither wish could be kept."""
+        if self.over_selection is not None:
+            if not (math.isfinite(self.over_selection) and self.over_selection >= 1):
+                raise ConfigError(f"over_selection must be 1 or more, not {self.over_selection}")
+            if self.fraction_fit != 1:
+                raise ConfigError(
+                    "over_selection and fraction_fit both say how many clients are asked in a round: set one of them"
+                )
+        if not self.is_asynchronous:
+            if self.concurrency is not None:
+                raise ConfigError(
+                    "concurrency limits asynchronous rounds; in others over_selection or fraction_fit says how many "
+                    "clients train at a time"
+                )
+            return
+        if self.concurrency is not None:
+            _at_least(1, concurrency=self.concurrency)
+        if self.over_selection is not None or self.fraction_fit != 1:
+            name = "fraction_fit" if self.over_selection is None else "over_selection"
+            raise ConfigError(
+                f"asynchronous rounds have no cohort for {name} to size, every idle client trains: "
+                "limit that with concurrency"
+            )
+        if self.grace_s:
+            raise ConfigError(
+                "grace_s waits for the rest of a cohort, and asynchronous rounds have none: "
+                "raise min_fit_clients (k) to fold more updates into each"
             )
 
     @property
@@ -88,18 +327,12 @@ class RoundConfig:
         """Clients that must be there before the first round opens."""
         if self.min_available_clients is not None:
             return self.min_available_clients
-        return self.min_fit_clients
+        return 1 if self.is_asynchronous else self.min_fit_clients
 
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name} must be a whole number, not {value!r}")
-        if value < least:
-            raise ConfigError(f"{name} must be {least} or more, not {value}")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name} must be a positive number of seconds, not {value}")
+    def cohort_size(self, living: int) -> int:
+        """How many clients a round asks when `living` are there; those that it cannot have yet may come later."""
+        if self.is_asynchronous:
+            return living if self.concurrency is None else self.concurrency
+        if self.over_selection is not None:
+            return math.ceil(self.over_selection * self.min_fit_clients - 1e-9)
+        return max(self.min_fit_clients, math.ceil(self.fraction_fit * living - 1e-9))

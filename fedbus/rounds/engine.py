@@ -27,7 +27,6 @@ from fedbus.rounds.cohort import sample
 from fedbus.rounds.commands import CloseReason, Command, Outcome
 from fedbus.rounds.membership import Member, Membership
 from fedbus.rounds.restored import Restored, RestoredTask
-from fedbus.rounds.staleness import polynomial
 
 
 class Phase(Enum):
@@ -591,7 +590,7 @@ class Engine:
                     delivery=event.delivery,
                     round=self._round.number,
                     staleness=staleness,
-                    discount=polynomial(staleness, self._config.staleness_exponent),
+                    discount=self._config.mixing * self._config.staleness(staleness),
                 )
             )
         if not self._is_enough(self._round):

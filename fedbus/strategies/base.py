@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from fedbus.config import RoundConfig
 from fedbus.types import Array, Metrics, Piece, Tensors
 
 
@@ -24,7 +25,8 @@ class ClientUpdate:
 
     `delta` holds trained minus base for all or some of the model's tensors: the model's shape, `delta_dtype` of its
     dtype, all values finite. `num_examples` is 1 or more. `discount`, in (0, 1], is what an update that is
-    `staleness` versions late still counts.
+    `staleness` versions late still counts. `base`: the model that the client
+    began from, where the strategy `needs_base`.
     """
 
     client_id: str
@@ -33,6 +35,7 @@ class ClientUpdate:
     staleness: int = 0
     discount: float = 1.0
     metrics: Metrics = field(default_factory=dict)
+    base: Tensors | None = None
 
     def pieces(self) -> Iterator[Piece]:
         """The delta piece by piece, as it hands itself out, or else one piece for each tensor; to be walked once."""
@@ -47,6 +50,12 @@ class Strategy(ABC):
     The state between the calls is the strategy's own affair: whatever `init` returns is handed to `fold` and
     `finish` of the same round, one call at a time, off the event loop.
     """
+
+    needs_base: ClassVar[bool] = False
+    """Whether `ClientUpdate.base` is wanted: the server then keeps `max_staleness` versions more."""
+
+    def check(self, rounds: RoundConfig) -> None:  # noqa: B027  # most have nothing against any
+        """Raise `ConfigError`, saying what to do, when it makes no sense with such rounds."""
 
     @abstractmethod
     def init(self, model: Tensors) -> Any:

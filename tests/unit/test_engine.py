@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbus.config import RoundConfig
+from fedbus.config import Polynomial, RoundConfig
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
 from fedbus.rounds.cohort import sample
 from fedbus.rounds.commands import CloseReason, Command, Outcome
 from fedbus.rounds.engine import Engine, Fate, Phase
 from fedbus.rounds.restored import Restored, RestoredTask
-from fedbus.rounds.staleness import polynomial
 
 T = TypeVar("T")
 
@@ -400,7 +399,7 @@ def test_the_update_of_a_client_that_left_still_counts() -> None:
 
 
 def test_a_straggler_is_folded_into_the_open_round_with_its_discount_and_then_gets_the_newest_task() -> None:
-    story = Story(staleness_exponent=0.5)
+    story = Story(staleness=Polynomial(0.5))
     story.join(*"abc")
     story.update("a", 1)
     story.update("b", 1)
@@ -435,8 +434,8 @@ def test_an_update_beyond_max_staleness_is_refused_with_the_reason() -> None:
 
 
 def test_the_polynomial_discount_is_the_papers() -> None:
-    assert [polynomial(tau, 0.5) for tau in (0, 3, 8)] == [1, 0.5, pytest.approx(1 / 3)]
-    assert polynomial(7, 0) == 1
+    assert [Polynomial(0.5)(tau) for tau in (0, 3, 8)] == [1, 0.5, pytest.approx(1 / 3)]
+    assert Polynomial(0)(7) == 1
 
 
 def test_a_round_that_has_too_few_updates_waits_for_a_straggler_that_may_still_join_it() -> None:
