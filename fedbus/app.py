@@ -79,9 +79,12 @@ class App:
         parameters = self.initial_parameters() if callable(self.initial_parameters) else self.initial_parameters
         return None if parameters is None else as_tensors(parameters)
 
-    def fit_config_of(self, round: int) -> Config:
-        """The settings that go with the fit tasks of `round`: "seed" and "round" are always among them."""
-        return {"seed": self.seed, "round": round, **_config("fit_config", self.fit_config, round)}
+    def fit_config_of(self, round: int, repeat: int = 0) -> Config:
+        """The settings that go with a fit task of `round`: "seed", "round" and "repeat" are always among them.
+
+        `repeat`: how many tasks the same client was given in that round before; asynchronous rounds do that.
+        """
+        return {"seed": self.seed, "round": round, "repeat": repeat, **_config("fit_config", self.fit_config, round)}
 
     def evaluate_config_of(self, round: int) -> Config:
         """The settings that go with the evaluate tasks of `round`."""

@@ -1,9 +1,10 @@
 """The client's asyncio shell: it answers tasks until the run ends or it is asked to leave.
 
 A task is acknowledged once its result is with the broker: a client that dies half-way finds the task again in its
-inbox. The update stays in the outbox until the server's receipt; the same task again asks for it again. Order of
-leaving: say goodbye first, then close; training that is under way is told through `ClientContext.cancelled` and not
-waited for.
+inbox. The update stays in the outbox until the server's receipt; the same task again asks for it again. Of several fit
+tasks the newest is worked on and the others are dropped; one whose update would be refused is cancelled by the server.
+Order of leaving: say goodbye first, then close; training that is under way is told through `ClientContext.cancelled`
+and not waited for.
 """
 
 from __future__ import annotations
@@ -130,11 +131,13 @@ class ClientRuntime:
         self._pending: list[_Pending] = []
         self._current: _Pending | None = None
         self._work = asyncio.Event()
+        self._heartbeat_due = asyncio.Event()
+        self._cancelled: dict[str, str] = {}  # task_id -> reason, while the task is being worked on
         self._reader = ModelReader(bus)
         self._jitter = jitter or random.Random()
         self._outbox = Outbox(bus, client_id, self._jitter)
         self._client: Client | None = None
-        self._thread: Caller = caller or UserThread(f"fedbus-{client_id}")
+        self._caller: Caller = caller or UserThread(f"fedbus-{client_id}")
         self._inbox: Consumer | None = None
         self._over = asyncio.Event()
         self._result: m.RunEnded | None = None
@@ -157,7 +160,7 @@ class ClientRuntime:
             raise leaf(group) from group
         finally:
             self._context.cancel()
-            self._thread.close()
+            self._caller.close()
             with contextlib.suppress(BrokerError):
                 await self._reader.close()
         self._tell_the_end()
@@ -233,10 +236,24 @@ class ClientRuntime:
                 self._tell(o.ServerAwaited(client_id=self._client_id))
             pause_s = min(longest_s, 1.5 * pause_s)
         while True:
-            await asyncio.sleep(self._heartbeat_s)
-            heartbeat = m.Heartbeat(client_id=self._client_id, session=self._session, run_id=self._run_id or "")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._heartbeat_due.wait()
+            self._heartbeat_due.clear()
+            heartbeat = m.Heartbeat(
+                client_id=self._client_id,
+                session=self._session,
+                run_id=self._run_id or "",
+                fit_task=self._fit_task_in_hand(),
+            )
             with contextlib.suppress(PublishUnconfirmed):  # the next one says the same
                 await self._bus.publish(CONTROL, "", encode(heartbeat), expires_s=self._lease_s)
+
+    def _fit_task_in_hand(self) -> str:
+        """The newest fit task that is here and not answered, "" for none."""
+        here = [self._current, *self._pending] if self._current is not None else self._pending
+        tasks = [pending.task for pending in here if isinstance(pending.task, m.FitTask)]
+        return max(tasks, key=_round_of).task_id if tasks else ""
 
     async def _say_goodbye(self) -> None:
         leave = m.Leave(
@@ -259,7 +276,10 @@ class ClientRuntime:
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
                 self._take_task(message, delivery)
                 continue
-            self._take(message)
+            if isinstance(message, m.CancelTask):
+                await self._cancel(message)
+            else:
+                self._take(message)
             await consumer.ack(delivery)
 
     def _take_task(self, task: m.Task, delivery: Delivery) -> None:
@@ -276,6 +296,29 @@ class ClientRuntime:
                 return
         self._pending.append(_Pending(task=task, deliveries=[delivery]))
         self._work.set()
+
+    async def _cancel(self, cancel: m.CancelTask) -> None:
+        """Stop working on a task, or do not begin; the server is told, for it waits until we are free."""
+        if cancel.run_id != self._run_id:
+            return
+        self._outbox.settle(cancel.task_id)
+        if self._current is not None and self._current.task.task_id == cancel.task_id:
+            self._cancelled[cancel.task_id] = cancel.reason
+            self._context.cancel()
+            self._caller.interrupt()
+            return
+        dropped = [pending for pending in self._pending if pending.task.task_id == cancel.task_id]
+        for pending in dropped:
+            self._pending.remove(pending)
+        await self._stopped(cancel.task_id, _round_of(dropped[0].task) if dropped else 0, cancel.reason)
+        assert self._inbox is not None
+        await self._inbox.ack(*(delivery for pending in dropped for delivery in pending.deliveries))
+
+    async def _stopped(self, task_id: str, round: int, reason: str) -> None:
+        self._remember_end(task_id, f"it was told to stop: {reason}")
+        if round:
+            self._tell(o.TaskCancelled(client_id=self._client_id, round=round, reason=one_line(reason)))
+        await self._report_failure(task_id, f"it was told to stop: {reason}")
 
     def _take(self, message: m.Message) -> None:
         match message:
@@ -314,6 +357,9 @@ class ClientRuntime:
             if pending.task.run_id == self._run_id:
                 await self._work_on(pending.task)
             self._current = None
+            reason = self._cancelled.pop(pending.task.task_id, None)
+            if reason is not None:
+                await self._stopped(pending.task.task_id, _round_of(pending.task), reason)
             assert self._inbox is not None
             await self._inbox.ack(*pending.deliveries)
 
@@ -324,7 +370,7 @@ class ClientRuntime:
             await self._outbox.deliver(entry)
         elif task.task_id in self._ended_tasks and not isinstance(task, m.ParametersTask):
             if self._ended_tasks[task.task_id]:
-                await self._report_failure(task, self._ended_tasks[task.task_id])
+                await self._report_failure(task.task_id, self._ended_tasks[task.task_id])
         elif not (isinstance(task, m.FitTask) and task.round < self._newest_fit):  # else of a round long closed
             await self._answer(task)
             if isinstance(task, m.FitTask) and task.run_id == self._run_id:  # another server may have come meanwhile
@@ -371,22 +417,27 @@ class ClientRuntime:
         except (ClientCodeError, ConfigError, BrokerError) as exc:
             if isinstance(exc, BrokerClosed):
                 raise
+            if task.task_id in self._cancelled:
+                return  # whatever it says, it says it because it was stopped
             self._tell(o.TaskErred(client_id=self._client_id, kind=kind, round=round_, reason=str(exc)))
             if isinstance(task, m.FitTask) and not isinstance(exc, BrokerError):  # that may go better the next time
                 self._remember_end(task.task_id, str(exc))
-            await self._report_failure(task, str(exc))
+            await self._report_failure(task.task_id, str(exc))
         else:
-            seconds = now() - started_at
-            self._tell(o.TaskCompleted(client_id=self._client_id, kind=kind, round=round_, seconds=seconds))
+            if task.task_id not in self._cancelled:
+                seconds = now() - started_at
+                self._tell(o.TaskCompleted(client_id=self._client_id, kind=kind, round=round_, seconds=seconds))
 
-    async def _report_failure(self, task: m.Task, reason: str) -> None:
-        failed = m.TaskFailed(client_id=self._client_id, task_id=task.task_id, run_id=task.run_id, reason=reason[:1000])
+    async def _report_failure(self, task_id: str, reason: str) -> None:
+        failed = m.TaskFailed(
+            client_id=self._client_id, task_id=task_id, run_id=self._run_id or "", reason=reason[:1000]
+        )
         await self._bus.publish(CONTROL, "", encode(failed))
 
     async def _in_thread(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call the user's code. Raises `ClientCodeError` for whatever it raises."""
         try:
-            return await self._thread.call(what, function, *args)
+            return await self._caller.call(what, function, *args)
         except ClientCodeError:
             raise
         except Exception as exc:
@@ -406,11 +457,17 @@ class ClientRuntime:
         await self._upload(task, Outgoing({name: value.copy() for name, value in parameters.items()}), 0, {})
 
     async def _fit(self, task: m.FitTask) -> None:
-        client = await self._user_client()
-        outgoing, num_examples, metrics = await self._in_thread(
-            "fit", _fit, client, await self._model_of(task), task.config
-        )
-        if task.run_id == self._run_id:  # else the run ended while we trained: nobody wants it
+        # Training that takes long for its task says so once: nobody need guess whether the task was lost.
+        still_here = asyncio.get_running_loop().call_later(task.timeout_s / 2, self._heartbeat_due.set)
+        try:
+            client = await self._user_client()
+            outgoing, num_examples, metrics = await self._in_thread(
+                "fit", _fit, client, await self._model_of(task), task.config
+            )
+        finally:
+            still_here.cancel()
+        # Else the run ended while we trained, or it took us too long: nobody wants it.
+        if task.run_id == self._run_id and task.task_id not in self._cancelled:
             await self._upload(task, outgoing, num_examples, metrics)
 
     async def _evaluate(self, task: m.EvaluateTask) -> None:

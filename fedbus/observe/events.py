@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 from fedbus.rounds.commands import (
     CohortGrew,
     EvaluateFailed,
+    FitCancelled,
     FitFailed,
     MemberJoined,
     MemberLost,
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluateFailed",
     "Evaluated",
     "EvaluationFailed",
+    "FitCancelled",
     "FitFailed",
     "MemberJoined",
     "MemberLost",
@@ -43,6 +45,7 @@ __all__ = [
     "RunResumed",
     "RunStarted",
     "ServerAwaited",
+    "TaskCancelled",
     "TaskCompleted",
     "TaskErred",
     "TaskStarted",
@@ -112,6 +115,7 @@ class RunStarted:
     num_rounds: int
     min_fit_clients: int
     start_clients: int
+    is_asynchronous: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,11 @@ class UpdateRefused:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundClosed:
-    """`reason`: min_fit_clients, cohort_done or timeout. `seconds`: from the first task to the published model."""
+    """`reason`: min_fit_clients, cohort_done or timeout. `seconds`: from the first task to the published model.
+
+    `turnaround_s`: from the last part of the last update to the first part of the next version at the broker; None
+    when something else closed the round.
+    """
 
     round: int
     version: int
@@ -159,6 +167,7 @@ class RoundClosed:
     unfinished: tuple[str, ...]
     fit_metrics: Mapping[str, float]
     seconds: float
+    turnaround_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +267,15 @@ class TaskErred:
 
     client_id: str
     kind: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCancelled:
+    """The server does not want the result any more; long training may look at `ClientContext.cancelled`."""
+
+    client_id: str
     round: int
     reason: str
 

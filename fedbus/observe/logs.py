@@ -25,6 +25,7 @@ _WARNINGS = (
     e.BrokerBlocked,
     e.MemberLost,
     e.FitFailed,
+    e.FitCancelled,
     e.EvaluateFailed,
     e.UpdateRefused,
     e.EvaluationFailed,
@@ -150,6 +151,8 @@ def _sentence(event: object) -> str:
             return f"update of {event.client_id} refused: {event.reason}"
         case e.FitFailed():
             return f"round {event.round}: {event.client_id} failed to fit: {event.reason}"
+        case e.FitCancelled():
+            return f"{event.client_id} is told to stop training: {event.reason}"
         case e.EvaluateFailed():
             return f"round {event.round}: {event.client_id} failed to evaluate: {event.reason}"
         case e.RoundClosed():
@@ -190,6 +193,8 @@ def _sentence(event: object) -> str:
             return f"{event.client_id}: {event.kind} for round {event.round} done in {event.seconds:.2f} s"
         case e.TaskErred():
             return f"{event.client_id}: {event.kind} for round {event.round} failed: {event.reason}"
+        case e.TaskCancelled():
+            return f"{event.client_id}: fit for round {event.round} is not wanted any more: {event.reason}"
         case e.ReceiptArrived():
             late = f", {_plural(event.staleness, 'version')} late" if event.staleness else ""
             return f"{event.client_id}: update is in round {event.round}{late}"

@@ -28,6 +28,7 @@ _STYLES = {
     "late": "magenta",
     "failed": "red",
     "refused": "red",
+    "cancelled": "red",
     "lost": "bold red",
     "left": "dim",
 }
@@ -103,6 +104,9 @@ class Board:
             case o.UpdateRefused():
                 self._row(event.client_id).state = "refused"
                 self.announce(sentence(event), "red")
+            case o.FitCancelled():
+                self._row(event.client_id).state = "cancelled"
+                self.announce(sentence(event), "red")
             case o.FitFailed():
                 self._row(event.client_id).state = "failed"
                 self.announce(sentence(event), "red")
@@ -141,7 +145,7 @@ class Board:
         self._opened, self._round, self._folded = event, event.round, 0
         for row in self._clients.values():
             if row.state == "training":
-                row.state = "late"
+                row.state = "training" if self._run is not None and self._run.is_asynchronous else "late"
             elif row.state in ("reported", "failed", "refused"):
                 row.state, row.note = "idle", ""
         for client_id in event.cohort:
@@ -189,7 +193,7 @@ class Board:
         for name in ("client", "state", "updates", *([""] if with_notes else [])):
             table.add_column(name, no_wrap=True)
         # The interesting ones first, where there are more than fit.
-        order = {"lost": 0, "refused": 1, "failed": 1, "late": 2, "training": 3}
+        order = {"lost": 0, "refused": 1, "cancelled": 1, "failed": 1, "late": 2, "training": 3}
         rows = list(self._clients.items())
         if len(rows) > _MAX_CLIENT_ROWS:
             rows.sort(key=lambda item: order.get(item[1].state, 9))

@@ -47,11 +47,23 @@ class RequestParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class SendFitTask:
+    """`repeat`: how many tasks the client was given in this round before, which asynchronous rounds do."""
+
     client_id: str
     task_id: str
     round: int
     version: int
     timeout_s: float
+    repeat: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancelTask:
+    """Tell the client that nobody waits for this task any more."""
+
+    client_id: str
+    task_id: str
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +86,19 @@ class AdoptParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Fold:
-    """Add this update to the open round, its weight multiplied by `discount`."""
+    """Add this update to the open round, its weight multiplied by `discount`.
+
+    `version`: the model that it is an update of. `seconds`: from its task to here, None when that is not known.
+    """
 
     client_id: str
     task_id: str
     delivery: int
     round: int
+    version: int
     staleness: int
     discount: float
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,18 +210,29 @@ class FitFailed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FitCancelled:
+    """A task so late that its update would be refused; its client is told to stop."""
+
+    client_id: str
+    task_id: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateFailed:
     client_id: str
     round: int
     reason: str
 
 
-Notice: TypeAlias = MemberJoined | MemberLost | RoundOpened | CohortGrew | FitFailed | EvaluateFailed
+Notice: TypeAlias = MemberJoined | MemberLost | RoundOpened | CohortGrew | FitFailed | FitCancelled | EvaluateFailed
 Command: TypeAlias = (
     WelcomeClient
     | RequestParameters
     | AdoptParameters
     | SendFitTask
+    | CancelTask
     | SendEvaluateTask
     | Fold
     | Settle

@@ -10,11 +10,16 @@ OPEN      a round takes updates
 CLOSING   its commit is under way; updates that come meanwhile wait for the next round
 DRAINING  all rounds are committed; federated evaluations are still out
 ENDED     every further update is refused
+
+Rounds are one machine in every regime. A synchronous round asks a cohort and replaces who leaves it. In asynchronous
+ones a round is what lies between two versions: whoever is idle is asked at once, again in the same round if need be,
+and the round closes on exactly `min_fit_clients` updates, of whatever version they are.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,10 +28,12 @@ from typing import Final
 from fedbus.config import RoundConfig
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
+from fedbus.rounds.clients import ClientRecord, ClientRecords
 from fedbus.rounds.cohort import sample
 from fedbus.rounds.commands import CloseReason, Command, Outcome
 from fedbus.rounds.membership import Member, Membership
 from fedbus.rounds.restored import Restored, RestoredTask
+from fedbus.rounds.selection import select
 
 
 class Phase(Enum):
@@ -60,8 +67,11 @@ class _Task:
     round: int
     version: int
     due_at: float  # after that its client may be given another one
+    sent_at: float | None = None  # None when another server sent it
+    repeat: int = 0
     state: TaskState = TaskState.WORKING
     folded_in: int = 0  # the round that its update is in
+    reason: str = "its task has ended already"  # why no update of it is taken any more
 
 
 @dataclass(slots=True)
@@ -70,7 +80,9 @@ class _Round:
     version: int
     opened_at: float
     closes_at: float
-    cohort: dict[str, str] = field(default_factory=dict)  # client_id -> task_id
+    cohort: dict[str, str] = field(default_factory=dict)  # client_id -> its last task_id
+    asked: dict[str, int] = field(default_factory=dict)  # client_id -> tasks in this round
+    draws: int = 0
     working: set[str] = field(default_factory=set)  # those of the cohort that are neither done nor gone
     folded: list[c.Folded] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -106,6 +118,7 @@ class Engine:
         has_model: False when the initial model must come from a client.
         restored: the run so far, when it goes on where another server had to stop. Rounds go on with `ModelReady`.
         now: the time, when there is something to restore.
+        records: what each client has done so far; the engine goes on with it.
     """
 
     def __init__(
@@ -117,8 +130,10 @@ class Engine:
         has_model: bool = True,
         restored: Restored | None = None,
         now: float = -math.inf,
+        records: dict[str, ClientRecord] | None = None,
     ) -> None:
         self._config = config
+        self._records = {} if records is None else records
         self._seed = seed
         self._run_id = run_id
         self._members = Membership(config.lease_s)
@@ -133,7 +148,7 @@ class Engine:
         self._number = 0
         self._round: _Round | None = None
         self._tasks: dict[str, _Task] = {}
-        self._held: list[e.UpdateReceived] = []
+        self._held: deque[e.UpdateReceived] = deque()
         self._evaluations: dict[int, _Evaluation] = {}
         self._follow_up: list[Command] = []  # goes out once the next round's tasks have
         self._committed_rounds = 0
@@ -179,6 +194,11 @@ class Engine:
     def members(self) -> tuple[str, ...]:
         """The living clients, sorted."""
         return tuple(sorted(member.client_id for member in self._members))
+
+    @property
+    def records(self) -> ClientRecords:
+        """What each client has done so far."""
+        return self._records
 
     @property
     def num_members(self) -> int:
@@ -231,6 +251,8 @@ class Engine:
                 self._invalid(event)
             case e.TaskFailed():
                 self._failed(event)
+            case e.ClientUnreachable():
+                self._unreachable(event)
             case e.EvaluateReported():
                 self._evaluated(event.task_id, event.client_id, reported=True)
             case e.RoundCommitted():
@@ -290,18 +312,41 @@ class Engine:
         known = self._members.get(event.client_id)
         former_session = known.session if known is not None else event.session
         is_new = self._members.renew(event.client_id, event.session, self._now)
+        member = self._members.get(event.client_id)
+        assert member is not None
+        before, member.at_work_on = member.at_work_on, event.fit_task if isinstance(event, e.ClientHeard) else ""
         if is_new or not former_session or isinstance(event, e.ClientJoined):
             self._out.append(c.WelcomeClient(client_id=event.client_id, session=event.session))
         if known is not None and former_session not in ("", event.session):
             self._restarted(known)
         if not is_new:
+            if self._phase is Phase.OPEN and before != member.at_work_on:  # it may be idle after all
+                self._grow_cohort()
             return
         needed = 0 if self._number else max(0, self._config.start_clients - len(self._members))
         self._out.append(
             c.MemberJoined(client_id=event.client_id, members=len(self._members), needed=needed, round=self._number)
         )
         if self._phase is Phase.OPEN:
+            self._take_place_again(member)
             self._grow_cohort()
+
+    def _take_place_again(self, member: Member) -> None:
+        """Somebody who was lost in this round is back: its task is still its own."""
+        assert self._round is not None
+        task_id = self._round.cohort.get(member.client_id, "")
+        task = self._tasks.get(task_id)
+        if task is None or task.state is not TaskState.LOST or member.client_id not in self._round.lost:
+            return
+        task.state, member.fit_task = TaskState.WORKING, task_id
+        self._round.lost.remove(member.client_id)
+        self._round.working.add(member.client_id)
+        self._out.append(self._send(self._round, member.client_id, task_id))
+
+    def _unreachable(self, event: e.ClientUnreachable) -> None:
+        member = self._members.get(event.client_id)
+        if member is not None:
+            self._lose(member, event.reason, left=False)
 
     def _restarted(self, member: Member) -> None:
         """A new process of a known client: what the old one worked on is gone, and is given again while it counts."""
@@ -357,13 +402,16 @@ class Engine:
                     del evaluation.outstanding[task_id]
                     evaluation.missing.append(client_id)
         task = self._tasks.get(member.fit_task or "")
-        if task is None:
+        if task is None or task.state is not TaskState.WORKING:
             return
         task.state = TaskState.LOST
-        if self._round is not None and self._phase is Phase.OPEN and member.client_id in self._round.cohort:
+        self._record(member.client_id).lost += 1
+        if self._round is None or self._phase is not Phase.OPEN:
+            return
+        if self._round.cohort.get(member.client_id) == member.fit_task:
             self._round.lost.append(member.client_id)
             self._round.working.discard(member.client_id)
-            self._grow_cohort()
+        self._grow_cohort()
 
     # ---- the initial model ---------------------------------------------------------------------------------------
 
@@ -424,8 +472,8 @@ class Engine:
             )
         )
         self._out += tasks
-        held, self._held = self._held, []
-        for event in held:
+        while self._held and not (self._config.is_asynchronous and self._is_enough(self._round)):
+            event = self._held.popleft()
             self._tasks[event.task_id].state = TaskState.WORKING
             self._received(event)
 
@@ -435,8 +483,12 @@ class Engine:
         What is not answered is not sent again here: the answers may be on their way, so `TasksInDoubt` comes later.
         """
         cohort, self._restored_cohort = self._restored_cohort, ()
-        for task in cohort:
+        for task in cohort:  # the last one of a client counts
             round_.cohort[task.client_id] = task.task_id
+            self._tasks[task.task_id].repeat = round_.asked.get(task.client_id, 0)
+            round_.asked[task.client_id] = self._tasks[task.task_id].repeat + 1
+            round_.working.discard(task.client_id)
+            round_.failed.pop(task.client_id, None)
             if task.state == "working":
                 round_.working.add(task.client_id)
             elif task.state == "failed":
@@ -459,35 +511,58 @@ class Engine:
         round_.recheck_at = math.inf
         if places <= 0:  # the usual case, once per update: no look at every member
             return []
-        chosen = sample(self._seed, round_.number, "fit", self._eligible(round_), places)
+        chosen = select(
+            self._config.selection,
+            seed=self._seed,
+            round=round_.number,
+            draw=round_.draws,
+            eligible=self._eligible(round_),
+            size=places,
+            records=self._records,
+        )
+        if self._config.is_asynchronous:
+            round_.draws += bool(chosen)
         if len(chosen) < places:
-            busy = (m.fit_task for m in self._members if m.client_id not in round_.cohort and self._is_busy(m))
-            round_.recheck_at = min((self._tasks[task].due_at for task in busy if task), default=math.inf)
+            due = (self._tasks[m.fit_task].due_at for m in self._members if m.fit_task and self._is_busy(m))
+            round_.recheck_at = min((due_at for due_at in due if due_at > self._now), default=math.inf)
         return [self._new_task(round_, client_id) for client_id in chosen]
 
     def _places(self, round_: _Round) -> int:
         """How many more clients the round would take."""
-        share = math.ceil(self._config.fraction_fit * len(self._members) - 1e-9)
-        size = max(self._config.min_fit_clients, share)
+        size = self._config.cohort_size(len(self._members))
+        if self._config.is_asynchronous:
+            return size - sum(self._is_busy(member) for member in self._members)
         return size - (len(round_.cohort) - len(round_.lost) - len(round_.failed))
 
     def _eligible(self, round_: _Round) -> list[str]:
-        """Members that are idle and have not been asked in this round: nobody gets a backlog of tasks."""
-        return [m.client_id for m in self._members if m.client_id not in round_.cohort and not self._is_busy(m)]
+        """Members that are idle: nobody gets a backlog of tasks.
+
+        They have not been asked in this round; in asynchronous rounds, they have not failed in it.
+        """
+        out = round_.failed if self._config.is_asynchronous else round_.cohort
+        return [m.client_id for m in self._members if m.client_id not in out and not self._is_busy(m)]
 
     def _is_busy(self, member: Member, *, through: float = math.inf) -> bool:
-        """Whether it works on a task of round `through` or before, and still has time for it.
+        """Whether it works on a task of round `through` or before, and still has time for it, or says that it does.
 
-        One beyond its time is asked again, for it may have lost its task altogether.
+        One beyond its time that does not say so is asked again, for it may have lost its task altogether.
         """
         task = self._tasks.get(member.fit_task or "")
-        return task is not None and self._now < task.due_at and task.round <= through
+        if task is None or task.round > through:
+            return False
+        return self._now < task.due_at or member.at_work_on == member.fit_task
 
     def _new_task(self, round_: _Round, client_id: str) -> c.SendFitTask:
-        task_id = self._task_id("fit", round_.number, client_id)
-        self._tasks[task_id] = _Task(client_id, round_.number, round_.version, self._now + self._config.timeout_s)
+        repeat = round_.asked.get(client_id, 0)
+        task_id = self._task_id("fit", round_.number, client_id) + (f"/{repeat}" if repeat else "")
+        due_at = self._now + self._config.timeout_s
+        self._tasks[task_id] = _Task(client_id, round_.number, round_.version, due_at, self._now, repeat)
+        self._record(client_id).note_asked(round_.number)
+        round_.asked[client_id] = repeat + 1
         round_.cohort[client_id] = task_id
         round_.working.add(client_id)
+        if client_id in round_.lost:
+            round_.lost.remove(client_id)
         member = self._members.get(client_id)
         assert member is not None
         member.fit_task = task_id
@@ -499,8 +574,18 @@ class Engine:
             task_id=task_id,
             round=round_.number,
             version=round_.version,
-            timeout_s=max(0.0, round_.closes_at - self._now),
+            timeout_s=self._time_for(round_),
+            repeat=self._tasks[task_id].repeat,
         )
+
+    def _time_for(self, round_: _Round) -> float:
+        """How long an answer is of use: in asynchronous rounds it does not matter when the round closes."""
+        if self._config.is_asynchronous:
+            return self._config.timeout_s
+        return max(0.0, round_.closes_at - self._now)
+
+    def _record(self, client_id: str) -> ClientRecord:
+        return self._records.setdefault(client_id, ClientRecord(client_id=client_id))
 
     def _task_id(self, kind: str, round_: int, client_id: str) -> str:
         return f"{self._run_id}/{kind}/{round_}/{client_id}"
@@ -553,7 +638,10 @@ class Engine:
             is_durable = 0 < task.folded_in <= self._committed_rounds
             self._settle(event, Outcome.DUPLICATE, round_=task.folded_in if is_durable else 0)
         elif task.state is TaskState.FAILED:
-            self._settle(event, Outcome.REFUSED, "its task has ended already")
+            self._settle(event, Outcome.REFUSED, task.reason)
+            self._idle(event)
+            if self._phase is Phase.OPEN:
+                self._grow_cohort()
         else:
             return False
         return True
@@ -565,14 +653,15 @@ class Engine:
             self._round.working.discard(event.client_id)
         staleness = self._version - task.version
         if staleness > self._config.max_staleness:
-            task.state = TaskState.FAILED
-            self._settle(
-                event,
-                Outcome.REFUSED,
-                f"{staleness} versions late, max_staleness is {self._config.max_staleness}",
-            )
+            task.state, task.reason = TaskState.FAILED, self._too_late(task)
+            self._record(event.client_id).failed += 1
+            self._settle(event, Outcome.REFUSED, task.reason)
         else:
             task.state, task.folded_in = TaskState.FOLDED, self._round.number
+            seconds = None if task.sent_at is None else self._now - task.sent_at
+            self._record(event.client_id).note_folded(
+                staleness=staleness, seconds=seconds, nbytes=event.nbytes, utility=event.utility
+            )
             if self._round.cohort.get(event.client_id) == event.task_id and event.client_id in self._round.lost:
                 self._round.lost.remove(event.client_id)  # it went, but its update had been on its way
             self._round.folded.append(
@@ -589,12 +678,17 @@ class Engine:
                     task_id=event.task_id,
                     delivery=event.delivery,
                     round=self._round.number,
+                    version=task.version,
                     staleness=staleness,
+                    seconds=seconds,
                     discount=self._config.mixing * self._config.staleness(staleness),
                 )
             )
         if not self._is_enough(self._round):
             self._grow_cohort()
+
+    def _too_late(self, task: _Task) -> str:
+        return f"{self._version - task.version} versions late, max_staleness is {self._config.max_staleness}"
 
     def _is_given_up(self) -> bool:
         """The run was stopped before its last round: what comes now is for whoever takes it up again."""
@@ -628,7 +722,7 @@ class Engine:
             )
         )
 
-    def _idle(self, event: e.UpdateReceived) -> None:
+    def _idle(self, event: e.UpdateReceived | e.UpdateInvalid | e.TaskFailed) -> None:
         member = self._members.get(event.client_id)
         if member is not None and member.fit_task == event.task_id:
             member.fit_task = None
@@ -649,6 +743,10 @@ class Engine:
                 c.FitFailed(client_id=event.client_id, task_id=event.task_id, round=task.round, reason=event.reason)
             )
             self._fail(event.task_id, task, event.reason)
+        elif task is not None and task.client_id == event.client_id:  # it was told to stop, and has
+            self._idle(event)
+            if self._phase is Phase.OPEN:
+                self._grow_cohort()
 
     def _parameters_failed(self, task_id: str, reason: str) -> None:
         if self._parameters_task is None or self._parameters_task[0] != task_id:
@@ -661,13 +759,14 @@ class Engine:
     def _fail(self, task_id: str, task: _Task, reason: str) -> None:
         was_lost = task.state is TaskState.LOST
         task.state = TaskState.FAILED
+        self._record(task.client_id).failed += 1
         member = self._members.get(task.client_id)
         if member is not None and member.fit_task == task_id:
             member.fit_task = None
         if self._round is None or self._phase is not Phase.OPEN:
             return
         if self._round.cohort.get(task.client_id) == task_id:
-            if was_lost:
+            if was_lost and task.client_id in self._round.lost:
                 self._round.lost.remove(task.client_id)
             self._round.working.discard(task.client_id)
             self._round.failed[task.client_id] = reason
@@ -699,7 +798,8 @@ class Engine:
 
     def _awaits_stragglers(self, round_: _Round) -> bool:
         """A living client that still trains for an earlier round will bring its update, and take a free place."""
-        return self._places(round_) > 0 and any(self._is_busy(member) for member in self._members)
+        has_room = self._config.is_asynchronous or self._places(round_) > 0
+        return has_room and any(self._is_busy(member) for member in self._members)
 
     def _close(self, round_: _Round, reason: CloseReason) -> None:
         self._phase = Phase.CLOSING
@@ -710,12 +810,18 @@ class Engine:
                 reason=reason,
                 cohort=tuple(round_.cohort),
                 folded=tuple(round_.folded),
-                unfinished=tuple(client for client in round_.cohort if client in round_.working),
+                unfinished=self._unfinished(round_),
                 lost=tuple(round_.lost),
                 failed=dict(round_.failed),
                 opened_at=round_.opened_at,
             )
         )
+
+    def _unfinished(self, round_: _Round) -> tuple[str, ...]:
+        """Those of the cohort who were still at work; in asynchronous rounds somebody always is."""
+        if self._config.is_asynchronous:
+            return ()
+        return tuple(client for client in round_.cohort if client in round_.working)
 
     def _abandon(self, round_: _Round) -> None:
         """Stop in the middle of a round: its updates go back to the broker, uncommitted."""
@@ -749,12 +855,29 @@ class Engine:
         is_last = round_.number >= self._config.num_rounds
         self._phase = Phase.DRAINING if is_last or self._stop is not None else Phase.WAITING
         if self._phase is Phase.DRAINING:
-            held, self._held = self._held, []
-            for event in held:
+            while self._held:
+                event = self._held.popleft()
                 self._tasks[event.task_id].state = TaskState.WORKING
                 self._received(event)
+        elif is_new_model:
+            self._cancel_hopeless()
         if is_new_model and self._stop is None:
             self._open_evaluation(round_.number)
+
+    def _cancel_hopeless(self) -> None:
+        """Whoever is so late that the update would be refused need not go on; it stays busy until it has heard so."""
+        oldest = self._version - self._config.max_staleness
+        for task_id, task in self._tasks.items():
+            if task.version >= oldest or task.state not in (TaskState.WORKING, TaskState.LOST):
+                continue
+            task.state, task.reason = TaskState.FAILED, self._too_late(task)
+            self._record(task.client_id).failed += 1
+            self._out += [
+                c.CancelTask(client_id=task.client_id, task_id=task_id, reason=task.reason),
+                c.FitCancelled(
+                    client_id=task.client_id, task_id=task_id, round=self._committed_rounds, reason=task.reason
+                ),
+            ]
 
     # ---- federated evaluation ------------------------------------------------------------------------------------
 
@@ -813,7 +936,7 @@ class Engine:
             self._phase = Phase.DRAINING
             for held in self._held:
                 self._settle(held, Outcome.RELEASED)
-            self._held = []
+            self._held.clear()
         if self._phase is not Phase.DRAINING or self._evaluations:
             return
         self._phase = Phase.ENDED

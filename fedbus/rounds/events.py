@@ -18,10 +18,11 @@ class ClientJoined:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientHeard:
-    """A heartbeat of a client that believes to be a member."""
+    """A heartbeat of a client that believes to be a member; `fit_task` is what it has in hand, "" for nothing."""
 
     client_id: str
     session: str
+    fit_task: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,13 @@ class ModelReady:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReceived:
-    """A whole update is here and verified."""
+    """A whole update is here and verified: `nbytes` of payload, `utility` what it taught if its client told."""
 
     client_id: str
     task_id: str
     delivery: int
+    nbytes: int = 0
+    utility: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +60,18 @@ class UpdateInvalid:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFailed:
-    """A client ended a task without a result, or the broker could not deliver the task."""
+    """A client ended a task without a result."""
 
     client_id: str
     task_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientUnreachable:
+    """The broker has no way to this client any more: its inbox is gone, or its connection for a while."""
+
+    client_id: str
     reason: str
 
 
@@ -116,6 +127,7 @@ Event: TypeAlias = (
     | UpdateReceived
     | UpdateInvalid
     | TaskFailed
+    | ClientUnreachable
     | EvaluateReported
     | RoundCommitted
     | EchoHeard

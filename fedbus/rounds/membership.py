@@ -16,7 +16,9 @@ class Member:
     session: str
     heard_at: float
     fit_task: str | None = None
-    """The fit task that it works on."""
+    """The fit task that it was given and has not answered."""
+    at_work_on: str = ""
+    """The fit task that it said it has in hand."""
 
 
 class Membership:

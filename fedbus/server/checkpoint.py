@@ -1,7 +1,7 @@
 """The run folder: ledger, checkpoints, history.json and model.safetensors, each whole or not there at all.
 
 A checkpoint is a safetensors file of one version, written before the ledger names it and deleted once the ledger names
-the next: a crash at any point leaves the version that the ledger knows.
+a later one: a crash at any point leaves the version that the ledger knows.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ _DTYPES: Final = {
 _NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES: Final = 100_000_000
 _WRITE_BYTES: Final = 16 << 20
+
+
+class _Checkpoint(NamedTuple):
+    tensors: dict[str, Array]
+    pages: np.memmap[Any, Any]
 
 
 class RunFolder:
@@ -98,14 +103,15 @@ class RunFolder:
         (self.path / "checkpoints").mkdir(exist_ok=True)
         save_model(self._checkpoint(version), model, {"run_id": run_id, "version": str(version)})
 
-    def settle_checkpoint(self, version: int) -> None:
-        """The ledger names `version` now: make it model.safetensors, too, and delete the others."""
+    def settle_checkpoint(self, version: int, *, keep: int = 0) -> None:
+        """The ledger names `version` now: make it model.safetensors, too, and delete all but `keep` before it."""
         link = self.path / f".model.{secrets.token_hex(4)}"
         os.link(self._checkpoint(version), link)
         link.replace(self.path / "model.safetensors")
         link.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
+        kept = {self._checkpoint(each) for each in range(version - keep, version + 1)}
         for other in (self.path / "checkpoints").iterdir():
-            if other != self._checkpoint(version):
+            if other not in kept:
                 other.unlink(missing_ok=True)
 
     def load_checkpoint(self, version: int, *, run_id: str) -> dict[str, Array]:
@@ -113,11 +119,19 @@ class RunFolder:
 
         Raises `ConfigError` when they are not there, or are of another run.
         """
+        tensors, self._pages = self._map(version, run_id)
+        return tensors
+
+    def earlier_checkpoint(self, version: int, *, run_id: str) -> dict[str, Array] | None:
+        """The tensors of a version that an update is based on, in pages of the file; None when it is not kept."""
+        return self._map(version, run_id).tensors if self._checkpoint(version).exists() else None
+
+    def _map(self, version: int, run_id: str) -> _Checkpoint:
         path = self._checkpoint(version)
-        tensors, metadata, self._pages = map_model(path)
+        tensors, metadata, pages = map_model(path)
         if (metadata.get("run_id"), metadata.get("version")) != (run_id, str(version)):
             raise ConfigError(f"{path} is not version {version} of run {run_id}: the run cannot be resumed")
-        return tensors
+        return _Checkpoint(tensors, pages)
 
     def release_pages(self) -> None:
         """Give the memory back that reading the loaded checkpoint took; what is read again comes from the file."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedbus.rounds.clients import ClientRecord
+
 
 @dataclass(kw_only=True)
 class Evaluation:
@@ -22,12 +24,17 @@ class Evaluation:
 
 @dataclass(kw_only=True)
 class FoldedUpdate:
-    """One update in a round, `staleness` versions late. A client may have two in one: a late one and a fresh one."""
+    """One update in a round, `staleness` versions late. A client may have two in one: a late one and a fresh one.
+
+    `seconds`: from its task to the whole update, None when another server sent the task. `nbytes`: of its payload.
+    """
 
     client_id: str
     staleness: int
     num_examples: int
     metrics: dict[str, Any]
+    seconds: float | None = None
+    nbytes: int = 0
 
 
 @dataclass(kw_only=True)
@@ -63,7 +70,10 @@ class RoundRecord:
 
 @dataclass(kw_only=True)
 class History:
-    """A whole run: written to history.json after every round. `settings` is what it was run with."""
+    """A whole run: written to history.json as it goes on. `settings` is what it was run with.
+
+    `clients`: what each has done so far.
+    """
 
     run_id: str
     started_at: str = ""
@@ -75,6 +85,7 @@ class History:
     clients_lost: list[str] = field(default_factory=list)
     clients_left: list[str] = field(default_factory=list)
     initial: Evaluation | None = None
+    clients: dict[str, ClientRecord] = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)
 
     def record(self, round: int) -> RoundRecord | None:
@@ -97,17 +108,17 @@ class History:
         return sum(len(record.folded) for record in self.rounds)
 
     def head(self) -> dict[str, Any]:
-        """All but the rounds."""
+        """All but the rounds and the clients."""
         return {
             field.name: _as_data(getattr(self, field.name))
             for field in dataclasses.fields(self)
-            if field.name != "rounds"
+            if field.name not in ("rounds", "clients")
         }
 
     @classmethod
-    def from_head(cls, head: Mapping[str, Any], rounds: list[RoundRecord]) -> History:
+    def from_head(cls, head: Mapping[str, Any], rounds: list[RoundRecord], clients: dict[str, ClientRecord]) -> History:
         """The history that `head` and the records were taken from."""
-        return cls(**{**head, "initial": _evaluation(head["initial"])}, rounds=rounds)
+        return cls(**{**head, "initial": _evaluation(head["initial"])}, rounds=rounds, clients=clients)
 
     def to_json(self) -> str:
         return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from fedbus.bus.base import Consumer, Delivery
@@ -18,6 +19,9 @@ from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_init
 from fedbus.types import Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode
+
+_LOSSES = ("loss_rms", "loss")
+"""The metrics that tell how much a client had to learn."""
 
 
 class UpdateIntake:
@@ -133,7 +137,15 @@ class UpdateIntake:
         else:
             if token is not None:
                 update = self._staging.get(token)
-                self._put(e.UpdateReceived(client_id=update.client_id, task_id=update.task_id, delivery=token))
+                self._put(
+                    e.UpdateReceived(
+                        client_id=update.client_id,
+                        task_id=update.task_id,
+                        delivery=token,
+                        nbytes=update.nbytes,
+                        utility=_utility(update),
+                    )
+                )
                 self.slots.release(update.task_id)
             elif (head := self._staging.head_of(message.transfer)) is not None:
                 self.slots.touch(head.task_id)
@@ -181,3 +193,12 @@ class UpdateIntake:
 
     def _may_go_on(self, head: m.Update) -> bool:
         return self._engine.is_member(head.client_id) and self._engine.awaits(head.task_id, head.client_id)
+
+
+def _utility(update: StagedUpdate) -> float | None:
+    """num_examples times the training loss, Lai et al. 2021, section 4.2; None when the client told no loss."""
+    for name in _LOSSES:
+        loss = update.metrics.get(name)
+        if isinstance(loss, int | float) and math.isfinite(loss):
+            return update.num_examples * max(0.0, float(loss))
+    return None

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Final
 
 from fedbus.errors import ConfigError, RunFailed
+from fedbus.rounds.clients import ClientRecord
 from fedbus.rounds.restored import RestoredTask
 from fedbus.server.history import History, RoundRecord, plain, record_from_json
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 _SCHEMA: Final = """
 CREATE TABLE run (
@@ -35,6 +36,7 @@ CREATE TABLE folded (
 CREATE TABLE tasks (
     task_id TEXT PRIMARY KEY, client_id TEXT NOT NULL, round INTEGER NOT NULL, version INTEGER NOT NULL, failed TEXT
 ) WITHOUT ROWID;
+CREATE TABLE clients (client_id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -120,12 +122,17 @@ class Ledger:
             oldest = (version or 0) - max_staleness
             tasks = self._db.execute(
                 "SELECT t.task_id, t.client_id, t.round, t.version, t.failed, f.round FROM tasks t"
-                " LEFT JOIN folded f USING (task_id) WHERE t.version >= ? ORDER BY t.round, t.client_id",
+                " LEFT JOIN folded f USING (task_id) WHERE t.version >= ?"
+                " ORDER BY t.round, t.client_id, length(t.task_id), t.task_id",  # in the order in which they were given
                 (oldest,),
             ).fetchall()
+            clients = {
+                client_id: ClientRecord(**json.loads(text))
+                for client_id, text in self._db.execute("SELECT client_id, record FROM clients ORDER BY client_id")
+            }
         self._epoch = epoch
         return LastCommit(
-            history=History.from_head(json.loads(head), records),
+            history=History.from_head(json.loads(head), records, clients),
             epoch=epoch,
             version=version,
             seconds=seconds,
@@ -166,9 +173,15 @@ class Ledger:
             self._db.execute("UPDATE run SET version = ?", (version,))
 
     def commit_round(
-        self, record: RoundRecord, folded: Iterable[tuple[str, str, int]], *, seconds: float, max_staleness: int
+        self,
+        record: RoundRecord,
+        folded: Iterable[tuple[str, str, int]],
+        *,
+        seconds: float,
+        max_staleness: int,
+        clients: Iterable[ClientRecord] = (),
     ) -> None:
-        """Make a round durable: its record and its updates (task_id, client_id, staleness).
+        """Make a round durable: its record, its updates (task_id, client_id, staleness), what `clients` have done.
 
         Its checkpoint must be durable already. Raises `sqlite3.IntegrityError` for an update that is in the ledger.
         """
@@ -177,6 +190,8 @@ class Ledger:
             self._db.execute("INSERT INTO rounds VALUES (?, ?, ?)", (record.round, record.version, _text(record)))
             rows = ((task_id, client_id, record.round, staleness) for task_id, client_id, staleness in folded)
             self._db.executemany("INSERT INTO folded VALUES (?, ?, ?, ?)", rows)
+            rows_of_clients = ((each.client_id, json.dumps(dataclasses.asdict(each))) for each in clients)
+            self._db.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?)", rows_of_clients)
             self._db.execute("DELETE FROM tasks WHERE version < ?", (record.version - max_staleness,))
 
     def save_end(self, history: History) -> None:

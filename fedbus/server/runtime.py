@@ -51,11 +51,13 @@ from fedbus.errors import (
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
+from fedbus.rounds.clients import ClientRecord
 from fedbus.rounds.commands import Outcome
 from fedbus.rounds.engine import Engine, Fate
-from fedbus.rounds.restored import Restored
+from fedbus.rounds.restored import Restored, RestoredTask
+from fedbus.server.bases import Bases
 from fedbus.server.checkpoint import RunFolder
-from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
+from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord, plain
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Fenced, LastCommit, Ledger
 from fedbus.server.publisher import ModelPublisher
@@ -154,6 +156,7 @@ class Server:
         self._bus = bus
         self._observers = tuple(observers)
         self._folder = None if run_dir is None else RunFolder(run_dir, resume=resume)
+        self._bases = Bases(self._folder, keep=app.rounds.max_staleness if app.strategy.needs_base else 0)
         self._ledger = Ledger(None)
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
@@ -191,6 +194,8 @@ class Server:
         self._refused: dict[str, str] = {}
         self._receipted: set[int] = set()  # updates whose receipt goes with their client's next task
         self._last_failure = ""
+        self._head_out_at = 0.0
+        self._closed_by: float | None = None  # when the last part of the update came that closed the round
         self._intake: UpdateIntake | None = None
         self._engine: Engine | None = None
 
@@ -332,6 +337,7 @@ class Server:
                 num_rounds=rounds.num_rounds,
                 min_fit_clients=rounds.min_fit_clients,
                 start_clients=rounds.start_clients,
+                is_asynchronous=rounds.is_asynchronous,
             )
         )
         if self._last_commit is not None:
@@ -345,7 +351,7 @@ class Server:
                 rounds=len(self._history.rounds),
                 version=last.version or 0,
                 clients=last.members,
-                tasks=last.tasks,
+                tasks=tuple(task for task in last.tasks if self._may_fold(task)),
                 evaluation_due=self._evaluation_is_due(),
             )
         return Engine(
@@ -355,7 +361,13 @@ class Server:
             has_model=has_model,
             restored=restored,
             now=now(),
+            records=self._history.clients,
         )
+
+    def _may_fold(self, task: RestoredTask) -> bool:
+        """An update without its base could not be folded: its task must not be waited for."""
+        needs_base = self._app.strategy.needs_base and task.state == "working"
+        return not needs_base or self._bases.get(task.version, run_id=self._run_id) is not None
 
     def _evaluation_is_due(self) -> bool:
         records = self._history.rounds
@@ -428,7 +440,7 @@ class Server:
                 client_id = check_client_id(message.client_id)
                 if message.run_id != self._run_id:  # it outlived another server: welcome it to this run
                     return e.ClientJoined(client_id=client_id, session=message.session)
-                return e.ClientHeard(client_id=client_id, session=message.session)
+                return e.ClientHeard(client_id=client_id, session=message.session, fit_task=message.fit_task)
             case m.Leave():
                 return e.ClientLeft(
                     client_id=message.client_id, session=message.session, reason=one_line(message.reason, 200)
@@ -570,7 +582,11 @@ class Server:
                 self._jobs.put_nowait(_FoldJob(command=command, update=self._staged(command.delivery)))
             case c.AdoptParameters():
                 self._jobs.put_nowait(_AdoptJob(update=self._staged(command.delivery)))
+            case c.CancelTask():
+                cancel = m.CancelTask(task_id=command.task_id, run_id=self._run_id, reason=command.reason)
+                await self._outbound.put((command.client_id, cancel, self._app.rounds.timeout_s))
             case c.Commit():
+                self._closed_by = self._staged(command.folded[-1].delivery).arrived_at if command.folded else None
                 self._jobs.put_nowait(command)
             case c.Settle():
                 await self._settle(command)
@@ -596,7 +612,7 @@ class Server:
             offset=self._offsets[command.version],
             timeout_s=command.timeout_s,
             eager_bytes=eager_share(self._engine.num_members if self._engine else 1),
-            config=self._app.fit_config_of(command.round),
+            config=self._app.fit_config_of(command.round, command.repeat),
             receipt_task_id=receipt.task_id if receipt else "",
             receipt_round=receipt.round if receipt else 0,
             receipt_staleness=receipt.staleness if receipt else 0,
@@ -634,6 +650,11 @@ class Server:
             case c.FitFailed():
                 self._last_failure = f"{notice.client_id}: {notice.reason}"
                 self._ledger.note_failed(notice.task_id, notice.client_id, notice.reason)
+                if self._intake is not None:
+                    self._intake.slots.release(notice.task_id)
+            case c.FitCancelled():
+                self._ledger.note_failed(notice.task_id, notice.client_id, notice.reason)
+                self._refused[notice.client_id] = notice.reason
                 if self._intake is not None:
                     self._intake.slots.release(notice.task_id)
             case c.EvaluateFailed():
@@ -717,7 +738,7 @@ class Server:
             _LOGGER.debug("a message to %s was not confirmed", client_id, exc_info=exc)
         except Unroutable:
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
-                self._events.put(e.TaskFailed(client_id=client_id, task_id=message.task_id, reason="its inbox is gone"))
+                self._events.put(e.ClientUnreachable(client_id=client_id, reason="its inbox is gone"))
         finally:
             self._outbound.task_done()
 
@@ -761,6 +782,7 @@ class Server:
             staleness=command.staleness,
             discount=command.discount,
             metrics=staged.metrics,
+            base=self._base(command),
         )
         await self._aside(strategy.fold, self._fold_state, update)
         staged.tensors = None
@@ -771,6 +793,8 @@ class Server:
             staleness=command.staleness,
             num_examples=staged.num_examples,
             metrics=dict(staged.metrics),
+            seconds=None if command.seconds is None else round(command.seconds, 6),
+            nbytes=staged.nbytes,
         )
         self._folded.append((staged.task_id, folded))
         self._tell(
@@ -781,6 +805,16 @@ class Server:
                 num_examples=staged.num_examples,
             )
         )
+
+    def _base(self, command: c.Fold) -> Tensors | None:
+        if not self._app.strategy.needs_base:
+            return None
+        if command.staleness == 0:
+            return self._model
+        base = self._bases.get(command.version, run_id=self._run_id)
+        if base is None:
+            raise RunFailed(f"the checkpoint of version {command.version} is gone, and the strategy needs it")
+        return base
 
     async def _adopt(self, update: StagedUpdate) -> None:
         """Begin with the model that a client gave."""
@@ -794,6 +828,7 @@ class Server:
         assert self._intake is not None
         self._model_bytes = sum(value.nbytes for value in model.values())
         self._intake.expect(model)
+        self._bases.add(0, model)
         del model
         publishing = await self._publish(self._make_initial_durable())
         self._events.put(e.ModelReady())
@@ -819,6 +854,7 @@ class Server:
         assert self._model is not None
         self._model_bytes = sum(value.nbytes for value in self._model.values())
         intake.expect(self._model)
+        self._bases.add(self._version, self._model)
         await self._tidy()
         publishing = await self._publish(asyncio.sleep(0))
         rounds = self._history.rounds
@@ -864,6 +900,7 @@ class Server:
                 unfinished=command.unfinished,
                 fit_metrics=record.fit_metrics,
                 seconds=record.seconds,
+                turnaround_s=self._turnaround_s(command) if publishing is not None else None,
             )
         )
         self._history.seconds = round(self._seconds(), 3)
@@ -880,11 +917,10 @@ class Server:
         record.seconds = round(self._seconds() - record.opened_s, 6)
         rows = [(task_id, update.client_id, update.staleness) for task_id, update in folded]
 
-        seconds = self._seconds()
+        seconds, max_staleness, clients = self._seconds(), self._app.rounds.max_staleness, self._concerned(record)
 
         def commit() -> None:
-            max_staleness = self._app.rounds.max_staleness
-            self._ledger.commit_round(record, rows, seconds=seconds, max_staleness=max_staleness)
+            self._ledger.commit_round(record, rows, seconds=seconds, max_staleness=max_staleness, clients=clients)
 
         if record.version == (self._history.rounds[-1].version if self._history.rounds else 0):
             with _disk():
@@ -892,6 +928,11 @@ class Server:
         else:
             await asyncio.to_thread(self._persist_model, commit)
         self._history.rounds.append(record)
+
+    def _concerned(self, record: RoundRecord) -> list[ClientRecord]:
+        """What those have done so far who had a part in the round."""
+        names = {*record.cohort, *record.clients, *record.lost, *record.failed, *record.refused}
+        return [dataclasses.replace(self._history.clients[name]) for name in names if name in self._history.clients]
 
     async def _keep_if_finite(self, command: c.Commit, model: dict[str, Array]) -> None:
         """Finite updates can add up to more than the dtype holds: then the model stays, and the round is empty."""
@@ -909,6 +950,7 @@ class Server:
             return
         self._model = _frozen(model)
         self._version += 1
+        self._bases.add(self._version, self._model)
 
     async def _publish(self, durable: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Publish the model while it is made durable; returns when both clients may begin to read and it is durable.
@@ -916,6 +958,7 @@ class Server:
         The returned task ends when its last part is in the stream.
         """
         head: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        head.add_done_callback(self._note_head_out)
         publishing = asyncio.create_task(self._publish_parts(head))
         try:
             await durable
@@ -930,6 +973,14 @@ class Server:
             self._version: head.result()
         }
         return publishing
+
+    def _turnaround_s(self, command: c.Commit) -> float | None:
+        if command.reason is not c.CloseReason.MIN_FIT_CLIENTS or self._closed_by is None:
+            return None
+        return round(self._head_out_at - self._closed_by, 6)
+
+    def _note_head_out(self, _: asyncio.Future[int]) -> None:
+        self._head_out_at = now()
 
     async def _publish_parts(self, head: asyncio.Future[int]) -> None:
         assert self._model is not None
@@ -963,7 +1014,7 @@ class Server:
             with _disk():
                 folder.save_history(self._history)
                 if self._durable_version is not None:
-                    folder.settle_checkpoint(self._durable_version)
+                    folder.settle_checkpoint(self._durable_version, keep=self._bases.keep)
 
         await asyncio.to_thread(tidy, self._folder)
 
@@ -1124,7 +1175,11 @@ def _settings(app: App) -> dict[str, Any]:
         "fedbus": version("fedbus"),
         "seed": app.seed,
         "strategy": repr(app.strategy),
-        **dataclasses.asdict(app.rounds),
+        **{
+            field.name: plain(repr(value) if dataclasses.is_dataclass(value) else value)
+            for field in dataclasses.fields(app.rounds)
+            for value in [getattr(app.rounds, field.name)]
+        },
     }
 
 

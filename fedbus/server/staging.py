@@ -42,6 +42,9 @@ class StagedUpdate:
     transfer: str
     num_examples: int
     metrics: Metrics
+    nbytes: int
+    arrived_at: float
+    """When its last part came."""
     deliveries: dict[int, Delivery]
     tensors: PartedTensors | None
     """None once folded: the memory is free, the deliveries are still to be settled."""
@@ -159,7 +162,7 @@ class Staging:
             self._renew(deliveries, part.index, its_delivery)
         self._renew(deliveries, _index(message), delivery)
         self.abort(message.transfer)
-        return self.keep(head, deliveries, None)
+        return self.keep(head, deliveries, None, known.touched_at if known else 0.0)
 
     def head_of(self, transfer: str) -> Update | None:
         """The head of a transfer under way; None when only parts of it have come."""
@@ -170,7 +173,7 @@ class Staging:
         """Like `refuse`, for a transfer of which nothing more comes."""
         known = self._transfers[transfer]
         self.abort(transfer)
-        return self.keep(known.head, known.deliveries, None)
+        return self.keep(known.head, known.deliveries, None, known.touched_at)
 
     def is_aborted(self, transfer: str) -> bool:
         """True for further parts of a transfer that was given up, or settled: a part may come twice."""
@@ -202,9 +205,11 @@ class Staging:
         if transfer.assembly.missing:
             return None
         del self._transfers[transfer.head.transfer]
-        return self.keep(transfer.head, transfer.deliveries, transfer.assembly.tensors())
+        return self.keep(transfer.head, transfer.deliveries, transfer.assembly.tensors(), transfer.touched_at)
 
-    def keep(self, head: Update, deliveries: dict[int, Delivery], tensors: PartedTensors | None) -> int:
+    def keep(
+        self, head: Update, deliveries: dict[int, Delivery], tensors: PartedTensors | None, arrived_at: float
+    ) -> int:
         """Remember an update (one that is refused has no tensors) and give it a token."""
         token = next(self._tokens)
         update = StagedUpdate(
@@ -213,6 +218,8 @@ class Staging:
             transfer=head.transfer,
             num_examples=head.num_examples,
             metrics=head.metrics,
+            nbytes=payload_bytes(head.schema),
+            arrived_at=arrived_at,
             deliveries=deliveries,
             tensors=tensors,
         )

@@ -44,6 +44,7 @@ KINDS: Final[dict[str, type[Message]]] = {
         messages.ParametersTask,
         messages.FitTask,
         messages.EvaluateTask,
+        messages.CancelTask,
         messages.UploadGrant,
         messages.Receipt,
         messages.Refusal,

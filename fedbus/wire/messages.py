@@ -37,11 +37,12 @@ class Join:
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """A client is alive and believes to be a member of `run_id`."""
+    """A client is alive and believes to be a member of `run_id`; `fit_task` is what it has in hand, "" for nothing."""
 
     client_id: Text
     session: Text
     run_id: Text
+    fit_task: Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +216,15 @@ class EvaluateTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CancelTask:
+    """Stop working on this task: its update would be refused, because of `reason`."""
+
+    task_id: Text
+    run_id: Text
+    reason: Text
+
+
+@dataclass(frozen=True, kw_only=True)
 class UploadGrant:
     """The update of this task may be sent now."""
 
@@ -254,5 +264,5 @@ class RunEnded:
 
 ControlMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport | UploadRequest | Echo
 Task: TypeAlias = ParametersTask | FitTask | EvaluateTask
-InboxMessage: TypeAlias = Welcome | Task | UploadGrant | Receipt | Refusal | RunEnded
+InboxMessage: TypeAlias = Welcome | Task | CancelTask | UploadGrant | Receipt | Refusal | RunEnded
 Message: TypeAlias = ControlMessage | Update | Part | Model | InboxMessage

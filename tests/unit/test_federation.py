@@ -158,7 +158,7 @@ async def test_the_fit_config_of_the_round_reaches_the_client() -> None:
     app = app_of(Reading, fit_config=lambda round_: {"lr": 0.1 / round_}, seed=5, rounds={"min_fit_clients": 1})
     async with federation(app) as story:
         await story.run("c1")
-    assert seen == [{"seed": 5, "round": 1, "lr": 0.1}, {"seed": 5, "round": 2, "lr": 0.05}]
+    assert seen == [{"seed": 5, "round": 1, "repeat": 0, "lr": 0.1}, {"seed": 5, "round": 2, "repeat": 0, "lr": 0.05}]
 
 
 async def test_without_initial_parameters_a_client_gives_the_model() -> None:

@@ -247,7 +247,7 @@ def test_a_file_that_is_no_ledger_is_one_clear_error(tmp_path: Path, content: by
 
 def test_the_ledger_of_another_format_is_refused(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "l")
-    db.execute("PRAGMA user_version=2")
+    db.execute("PRAGMA user_version=99")
     db.close()
     with pytest.raises(ConfigError, match="written by another version of fedbus"):
         Ledger(tmp_path / "l")

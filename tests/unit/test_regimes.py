@@ -1,0 +1,319 @@
+"""The engine where rounds do not wait: asynchronous regimes, over-selection, stragglers that are told to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedbus.config import Hinge, Polynomial, RoundConfig
+from fedbus.rounds import commands as c
+from fedbus.rounds import events as e
+from fedbus.rounds.clients import ClientRecord
+from fedbus.rounds.commands import CloseReason, Outcome
+from fedbus.rounds.engine import Engine
+from fedbus.rounds.restored import Restored, RestoredTask
+from tests.unit.test_engine import Story, all_of, one, settled, tasked
+
+
+def buffered(k: int, **settings: Any) -> Story:
+    return Story(min_fit_clients=k, is_asynchronous=True, **{"num_rounds": 10, **settings})
+
+
+def answer(story: Story, task: c.SendFitTask) -> list[c.Command]:
+    return story.update(task.client_id, task.round, task.task_id)
+
+
+# ---- asynchronous ----------------------------------------------------------------------------------------------------
+
+
+def test_every_idle_client_trains_at_once_and_again_when_it_has_answered() -> None:
+    story = buffered(3, min_available_clients=1)
+    first = one(story.join("a"), c.SendFitTask)
+    assert tasked(story.join("b")) == {"b"}
+    again = one(answer(story, first), c.SendFitTask)
+    assert (again.client_id, again.version, again.round, again.repeat) == ("a", 0, 1, 1)
+    assert again.task_id != first.task_id
+    assert (first.repeat, one(answer(story, again), c.SendFitTask).repeat) == (0, 2)
+
+
+def test_a_buffered_round_closes_on_exactly_k_updates_of_whatever_version() -> None:
+    story = buffered(2)
+    tasks = {task.client_id: task for task in all_of(story.join("a", "b", "slow"), c.SendFitTask)}
+    again = one(answer(story, tasks["a"]), c.SendFitTask)
+    commit = one(answer(story, again), c.Commit)
+    assert [(update.client_id, update.staleness) for update in commit.folded] == [("a", 0), ("a", 0)]
+    assert commit.reason is CloseReason.MIN_FIT_CLIENTS
+    newest = one(story.commit(), c.SendFitTask)
+    assert (newest.client_id, newest.version) == ("a", 1)
+    assert one(answer(story, tasks["slow"]), c.Fold).staleness == 1
+    said = answer(story, tasks["b"])
+    assert one(said, c.Fold).discount == pytest.approx(2**-0.5)
+    assert len(one(said, c.Commit).folded) == 2
+
+
+def test_updates_that_wait_for_a_commit_are_folded_k_by_k() -> None:
+    story = buffered(2, fraction_evaluate=0)
+    tasks = all_of(story.join(*"abcdefg"), c.SendFitTask)
+    for task in tasks:
+        answer(story, task)  # two close the round, five wait
+    assert len(all_of(story.said, c.Commit)) == 1
+    sizes = []
+    for _ in range(3):
+        said = story.commit()
+        sizes.append(len(all_of(said, c.Fold)))
+        assert {fold.round - 1 for fold in all_of(said, c.Fold)} == {fold.staleness for fold in all_of(said, c.Fold)}
+    assert sizes == [2, 2, 1]
+    assert len(all_of(said, c.Commit)) == 0
+
+
+def test_the_client_of_the_kth_update_gets_the_version_that_it_made() -> None:
+    story = buffered(1)
+    (task,) = all_of(story.join("a"), c.SendFitTask)
+    assert all_of(answer(story, task), c.SendFitTask) == []
+    assert one(story.commit(), c.SendFitTask).version == 1
+
+
+def test_concurrency_limits_how_many_train_and_the_free_place_goes_to_anybody() -> None:
+    story = buffered(100, concurrency=2)
+    tasks = all_of(story.join(*"abcdefgh"), c.SendFitTask)
+    assert len(tasks) == 2
+    for _ in range(60):
+        task = tasks.pop(0)
+        tasks.append(one(answer(story, task), c.SendFitTask))
+    assert {record.client_id for record in story.engine.records.values()} == set("abcdefgh")
+
+
+def test_a_client_whose_fit_fails_is_asked_again_only_for_the_next_version() -> None:
+    story = buffered(2, min_available_clients=1)
+    tasks = {task.client_id: task for task in all_of(story.join("a", "b"), c.SendFitTask)}
+    said = story.happens(e.TaskFailed(client_id="a", task_id=tasks["a"].task_id, reason="no"))
+    assert all_of(said, c.SendFitTask) == []
+    again = one(answer(story, tasks["b"]), c.SendFitTask)
+    answer(story, again)
+    assert tasked(story.commit()) == {"a", "b"}
+
+
+def test_an_asynchronous_round_does_not_close_while_anybody_is_at_work() -> None:
+    story = buffered(3, min_available_clients=1)
+    tasks = {task.client_id: task for task in all_of(story.join("a", "b"), c.SendFitTask)}
+    said = story.happens(e.TaskFailed(client_id="a", task_id=tasks["a"].task_id, reason="no"))
+    assert all_of(said, c.Commit) == []
+    said = story.happens(e.TaskFailed(client_id="b", task_id=tasks["b"].task_id, reason="no"))
+    assert one(said, c.Commit).reason is CloseReason.COHORT_DONE
+
+
+def test_an_asynchronous_round_names_nobody_unfinished() -> None:
+    story = buffered(1)
+    (a, b) = all_of(story.join("a", "b"), c.SendFitTask)
+    assert one(answer(story, a), c.Commit).unfinished == ()
+    assert b.timeout_s == story.config.timeout_s
+
+
+def test_a_restarted_client_gets_the_newest_version_not_its_old_task() -> None:
+    story = buffered(1)
+    (a, b) = all_of(story.join("a", "b"), c.SendFitTask)
+    answer(story, a)
+    story.commit()
+    said = story.happens(e.ClientJoined(client_id=b.client_id, session="new"))
+    assert one(said, c.SendFitTask).version == 1
+    assert one(answer(story, b), c.Fold).staleness == 1  # should the old one come after all, it counts
+
+
+def test_fedasyncs_discount_is_alpha_times_s_of_tau() -> None:
+    story = buffered(1, mixing=0.6, staleness=Hinge(10, 4), max_staleness=20)
+    tasks = {task.client_id: task for task in all_of(story.join("a", "b"), c.SendFitTask)}
+    task = tasks["a"]
+    for _ in range(6):
+        answer(story, task)
+        task = one(story.commit(), c.SendFitTask)
+    fold = one(answer(story, tasks["b"]), c.Fold)
+    assert fold.staleness == 6
+    assert fold.discount == pytest.approx(0.6 / (10 * (6 - 4) + 1))
+    assert fold.version == 0
+
+
+def test_after_a_resume_tasks_of_one_client_go_on_counting() -> None:
+    tasks = tuple(
+        RestoredTask(task_id=task_id, client_id="a", round=2, version=1, state="working")
+        for task_id in ("run/fit/2/a", "run/fit/2/a/1")
+    )
+    config = RoundConfig.buffered(3, num_rounds=5)
+    restored = Restored(rounds=1, version=1, clients=("a",), tasks=tasks)
+    engine = Engine(config, seed=0, run_id="run", restored=restored, now=0.0)
+    assert all_of(engine.handle(e.ModelReady(), 0.0), c.SendFitTask) == []  # the answers may be on their way
+    again = one(engine.handle(e.TasksInDoubt(), 1.0), c.SendFitTask)
+    assert (again.task_id, again.repeat) == ("run/fit/2/a/1", 1)
+    said = engine.handle(e.UpdateReceived(client_id="a", task_id="run/fit/2/a", delivery=1), 2.0)
+    assert one(said, c.Fold).round == 2
+    assert all_of(said, c.SendFitTask) == []  # it is at work on the other one
+    said = engine.handle(e.UpdateReceived(client_id="a", task_id="run/fit/2/a/1", delivery=2), 2.0)
+    assert (one(said, c.SendFitTask).task_id, one(said, c.SendFitTask).repeat) == ("run/fit/2/a/2", 2)
+
+
+# ---- over-selection --------------------------------------------------------------------------------------------------
+
+
+def test_over_selection_asks_more_than_it_needs_and_no_more() -> None:
+    story = Story(min_fit_clients=10, over_selection=1.3)
+    story.join(*(f"c{n:02d}" for n in range(9)))
+    said = story.join("c09")
+    assert len(tasked(said)) == 10
+    late = story.join(*(f"c{n}" for n in range(10, 20)))
+    assert len(tasked(late)) == 3
+
+
+def test_of_an_over_selected_cohort_the_slow_ones_count_in_a_later_round() -> None:
+    story = Story(min_fit_clients=2, over_selection=1.5)
+    tasks = all_of(story.join("a", "b", "c"), c.SendFitTask)
+    for task in tasks[:2]:
+        answer(story, task)
+    story.commit()
+    assert one(answer(story, tasks[2]), c.Fold).staleness == 1
+
+
+def test_who_leaves_an_over_selected_cohort_is_replaced() -> None:
+    story = Story(min_fit_clients=2, over_selection=1.0)
+    tasks = all_of(story.join("a", "b", "c", "d"), c.SendFitTask)
+    assert len(tasks) == 2
+    gone = tasks[0].client_id
+    said = story.happens(e.ClientLeft(client_id=gone, session=gone, reason="bye"))
+    assert len(tasked(said)) == 1
+    assert not tasked(said) & {task.client_id for task in tasks}
+
+
+# ---- stragglers ------------------------------------------------------------------------------------------------------
+
+
+def late_by_two(story: Story) -> tuple[list[c.Command], c.SendFitTask]:
+    """Two rounds close without the slow client: what the engine said at the second commit, and its task."""
+    tasks = {task.client_id: task for task in all_of(story.join("a", "b", "slow"), c.SendFitTask)}
+    said: list[c.Command] = []
+    for round_ in (1, 2):
+        story.update("a", round_)
+        story.update("b", round_)
+        said = story.commit()
+    return said, tasks["slow"]
+
+
+def test_a_straggler_beyond_max_staleness_is_told_to_stop_and_stays_busy_until_it_has_heard() -> None:
+    story = Story(max_staleness=1, num_rounds=9)
+    said, task = late_by_two(story)
+    assert one(said, c.CancelTask).task_id == task.task_id
+    assert one(said, c.FitCancelled).reason == "2 versions late, max_staleness is 1"
+    assert "slow" not in tasked(said)
+    said = story.happens(e.TaskFailed(client_id="slow", task_id=task.task_id, reason="it was told to stop"))
+    assert tasked(said) == {"slow"}
+    assert all_of(said, c.FitFailed) == []
+    assert all_of(said, c.SendFitTask)[0].version == 2
+
+
+def test_the_update_of_a_cancelled_task_is_refused_with_the_reason_and_frees_its_client() -> None:
+    story = Story(max_staleness=1, num_rounds=9)
+    _, task = late_by_two(story)
+    said = answer(story, task)
+    assert one(said, c.Settle).reason == "2 versions late, max_staleness is 1"
+    assert settled(said) == [(story.deliveries, Outcome.REFUSED)]
+    assert tasked(said) == {"slow"}
+
+
+def test_a_task_is_cancelled_once() -> None:
+    story = Story(max_staleness=1, num_rounds=9)
+    late_by_two(story)
+    story.update("a", 3)
+    story.update("b", 3)
+    story.commit()
+    assert len(all_of(story.said, c.CancelTask)) == 1
+
+
+def test_with_max_staleness_0_whoever_is_out_at_the_commit_is_told_to_stop() -> None:
+    story = Story(max_staleness=0, min_fit_clients=2)
+    story.join("a", "b", "c")
+    story.update("a", 1)
+    story.update("b", 1)
+    assert one(story.commit(), c.CancelTask).client_id == "c"
+
+
+def test_a_client_that_says_it_is_at_work_is_not_asked_again_however_long_it_takes() -> None:
+    story = Story(min_fit_clients=1, timeout_s=10.0, lease_s=1000.0, num_rounds=50)
+    task = one(story.join("a"), c.SendFitTask)
+    story.wait(5)
+    story.happens(e.ClientHeard(client_id="a", session="a", fit_task=task.task_id))
+    for _ in range(3):
+        story.wait(10)
+        assert story.commit()  # an empty round
+    assert len(all_of(story.said, c.SendFitTask)) == 1
+    said = answer(story, task)
+    assert one(said, c.Fold).client_id == "a"
+    assert len(all_of(story.commit(), c.SendFitTask)) == 1
+
+
+def test_a_client_beyond_its_time_that_says_it_has_nothing_in_hand_is_asked_again_at_once() -> None:
+    story = Story(min_fit_clients=1, timeout_s=10.0, lease_s=1000.0, num_rounds=50)
+    task = one(story.join("a"), c.SendFitTask)
+    story.happens(e.ClientHeard(client_id="a", session="a", fit_task=task.task_id))
+    story.wait(10)
+    assert all_of(story.commit(), c.SendFitTask) == []
+    assert one(story.happens(e.ClientHeard(client_id="a", session="a")), c.SendFitTask).round == 2
+
+
+# ---- comings and goings ----------------------------------------------------------------------------------------------
+
+
+def test_a_client_whose_inbox_is_gone_is_lost_and_replaced() -> None:
+    story = Story(min_fit_clients=2, over_selection=1.0)
+    tasks = all_of(story.join("a", "b", "c"), c.SendFitTask)
+    said = story.happens(e.ClientUnreachable(client_id=tasks[0].client_id, reason="its inbox is gone"))
+    lost = one(said, c.MemberLost)
+    assert (lost.client_id, lost.left, lost.reason) == (tasks[0].client_id, False, "its inbox is gone")
+    assert len(tasked(said)) == 1
+
+
+def test_whoever_was_lost_in_the_round_and_is_back_takes_its_place_again() -> None:
+    story = Story(min_fit_clients=2, lease_s=20.0)
+    story.join("a", "b")
+    story.wait(15)
+    story.beat("a")
+    story.wait(10)
+    assert one(story.said, c.MemberLost).client_id == "b"
+    said = story.join("b")
+    assert one(said, c.SendFitTask).task_id == "run/fit/1/b"
+    story.update("a", 1)
+    commit = one(story.update("b", 1), c.Commit)
+    assert (commit.lost, len(commit.folded)) == ((), 2)
+
+
+# ---- what each client has done ---------------------------------------------------------------------------------------
+
+
+def test_the_record_of_a_client_says_what_it_did() -> None:
+    story = Story(max_staleness=5, min_fit_clients=1, num_rounds=9, fraction_fit=1.0)
+    tasks = {task.client_id: task for task in all_of(story.join("a", "b"), c.SendFitTask)}
+    story.now += 3.0
+    event = e.UpdateReceived(client_id="a", task_id=tasks["a"].task_id, delivery=1, nbytes=12, utility=7.0)
+    story.happens(event)
+    story.commit()
+    story.now += 1.0
+    story.happens(e.UpdateReceived(client_id="b", task_id=tasks["b"].task_id, delivery=2, nbytes=12))
+    assert story.engine.records["a"] == ClientRecord(
+        client_id="a", asked=2, folded=1, last_round=2, timed=1, seconds=3.0, mean_seconds=3.0, nbytes=12, utility=7.0
+    )
+    b = story.engine.records["b"]
+    assert (b.asked, b.folded, b.seconds, b.staleness, b.max_staleness, b.utility) == (1, 1, 4.0, 1, 1, None)
+
+
+def test_a_record_counts_failures_losses_and_cancellations() -> None:
+    story = Story(max_staleness=1, num_rounds=9)
+    _, task = late_by_two(story)
+    assert story.engine.records["slow"].failed == 1
+    answer(story, task)
+    assert story.engine.records["slow"].failed == 1
+    story.happens(e.TaskFailed(client_id="a", task_id="run/fit/3/a", reason="no"))
+    assert story.engine.records["a"].failed == 1
+    story.happens(e.ClientLeft(client_id="b", session="b", reason="bye"))
+    assert story.engine.records["b"].lost == 1
+
+
+def test_the_polynomial_of_fedbuff_is_one_over_the_root() -> None:
+    assert RoundConfig.buffered().staleness == Polynomial(0.5)
+    assert [Polynomial(0.5)(tau) for tau in (0, 3)] == [1.0, 0.5]
