@@ -52,6 +52,8 @@ class RoundBench:
     `round_s`: from the opening of a round to that of the next, without the first round. `client_rss_mib`: of the
     largest client. Egress and ingress: octets on the server's two connections, as the broker counts them, per round.
     `ratio`: the federation's median round over the floor's; `tight_ratio`: over the tight floor's (see `floor`).
+    `turnaround_s`: from the last part of the update that closes a round to the broker's word that it has the first part
+    of the next version.
     """
 
     clients: int
@@ -59,6 +61,7 @@ class RoundBench:
     rounds: int
     loop: str
     round_s: Spread
+    turnaround_s: Spread
     floor_s: float
     floor_round_s: Spread
     ratio: float
@@ -91,7 +94,7 @@ async def bench_round(
         url = broker or (node.url if node else "")
         federation = _Federation(clients, model_mib, rounds, url, folder, node)
         await federation.run()
-        round_s = spread(federation.seconds())
+        round_s, turnaround_s = spread(federation.seconds()), spread(federation.turnarounds())
         plain_s, tight_s = [
             spread((await _floor(clients, model_mib, rounds, url, is_tight=is_tight))[1:]) for is_tight in (False, True)
         ]
@@ -101,6 +104,7 @@ async def bench_round(
         rounds=rounds,
         loop=loop.KIND,
         round_s=round_s,
+        turnaround_s=turnaround_s,
         floor_s=plain_s.p50,
         floor_round_s=plain_s,
         ratio=round(round_s.p50 / plain_s.p50, 3),
@@ -193,13 +197,19 @@ class _Federation:
         opened_s = [record["opened_s"] for record in history["rounds"]]
         return [later - earlier for earlier, later in itertools.pairwise(opened_s)]
 
+    def turnarounds(self) -> list[float]:
+        """How long the server took from the last update of each round, but for the first, to the next version."""
+        lines = (self._folder / "server.out").read_text().splitlines()
+        events = [json.loads(line) for line in lines if line.startswith("{")]
+        return [event["turnaround_s"] for event in events if event.get("event") == "round_closed"][1:]
+
     @asynccontextmanager
     async def _server(self) -> AsyncIterator[asyncio.subprocess.Process]:
         """The server, in a process of its own: its memory is only its own there."""
         with (self._folder / "server.out").open("wb") as out:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "fedbus.cli.main", "server", _APP, "--broker", self._url),
-                *("--run-dir", os.fspath(self._folder), "--json"),
+                *("--run-dir", os.fspath(self._folder), "--json", "--log-json"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -45,6 +45,7 @@ def _show(found: RoundBench) -> None:
     typer.echo(f"{processes}, a model of {found.model_mib:g} MiB, {found.rounds} rounds, {found.loop} loops")
     table = Table.grid(padding=(0, 2))
     table.add_row("round", _seconds(found.round_s))
+    table.add_row("last update to next model", _seconds(found.turnaround_s))
     table.add_row("floor", _seconds(found.floor_round_s))
     table.add_row("ratio of the p50s", f"{found.ratio:.2f}")
     table.add_row("tight floor, ratio", f"p50 {_duration(found.tight_floor_s)}, {found.tight_ratio:.2f}")
