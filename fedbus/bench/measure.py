@@ -89,7 +89,7 @@ async def bench_round(
     if not (np.isfinite(model_mib) and model_mib > 0):
         raise ConfigError(f"--model-mib must be more than 0, not {model_mib}")
     async with contextlib.AsyncExitStack() as stack:
-        folder = stack.enter_context(_folder(run_dir))
+        folder = stack.enter_context(run_folder(run_dir))
         node = None if broker is not None else await stack.enter_async_context(PrivateNode())
         url = broker or (node.url if node else "")
         federation = _Federation(clients, model_mib, rounds, url, folder, node)
@@ -119,7 +119,7 @@ async def bench_round(
 
 
 @contextmanager
-def _folder(run_dir: Path | None) -> Iterator[Path]:
+def run_folder(run_dir: Path | None) -> Iterator[Path]:
     """`run_dir`, new or empty and kept; or a folder in the current one that is deleted at the end."""
     try:
         if run_dir is None:
@@ -169,7 +169,7 @@ class _Federation:
     async def run(self) -> None:
         """From the start of the processes to their end."""
         self._gates.mkdir()
-        with _environment(self._env):
+        with environment(self._env):
             async with client_processes(_APP, log_dir=self._folder / "logs") as clients, self._server() as server:
                 await clients.load()
                 for number, name in enumerate(client_names(self._clients)):
@@ -263,7 +263,7 @@ def _connection_name(row: dict[str, list[list[str]]]) -> str:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
     """Set `variables` for the processes that are started inside."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

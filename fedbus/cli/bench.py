@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedbus.bench.measure import RoundBench, Spread, bench_round
+from fedbus.bench.stragglers import Spec, bench_stragglers
 from fedbus.cli.options import Broker, Debug, Json, RunDir, run_async
 
 bench_app = typer.Typer(name="bench", help="Measure fedbus on this machine.", no_args_is_help=True)
@@ -38,6 +39,33 @@ def round_(
         typer.echo(found.to_json())
     else:
         _show(found)
+
+
+@bench_app.command()
+def stragglers(
+    fast: Annotated[int, typer.Option("--fast", help="Clients that are quick; a round waits for so many updates.")] = 8,
+    slow: Annotated[int, typer.Option("--slow", help="Clients that are slow.")] = 2,
+    fast_s: Annotated[float, typer.Option("--fast-s", help="Seconds that a quick client trains.")] = 0.5,
+    slow_s: Annotated[float, typer.Option("--slow-s", help="Seconds that a slow client trains.")] = 5.0,
+    model_mib: Annotated[float, typer.Option("--model-mib", help="Size of the model.")] = 1.0,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds to run.")] = 10,
+    broker: Broker = None,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a federation with slow clients in it, and tell what became of their updates."""
+    spec = Spec(fast=fast, slow=slow, fast_s=fast_s, slow_s=slow_s, model_mib=model_mib, rounds=rounds)
+    found = run_async(bench_stragglers(spec, broker=broker, run_dir=run_dir))
+    if as_json:
+        typer.echo(found.to_json())
+        return
+    typer.echo(
+        f"{rounds} rounds, {fast} clients of {fast_s:g} s and {slow} of {slow_s:g} s, a model of {model_mib:g} MiB: "
+        f"{found.seconds:.2f} s from the first task to the last commit (the quick ones train for {found.at_best_s:g} s)"
+    )
+    late = ", ".join(map(str, found.staleness)) or "none"
+    typer.echo(f"{found.updates} updates, {found.slow_updates} of slow clients; versions late: {late}")
 
 
 def _show(found: RoundBench) -> None:
