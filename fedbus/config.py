@@ -113,14 +113,18 @@ class Oort:
     """Clients that are quick and have much to teach are asked more often, after Lai et al. 2021 (Oort), algorithm 1.
 
     A client's utility is num_examples times the training loss that it reported last (metric "loss_rms", the root mean
-    square over its examples, else "loss"; 1 without either), times (T / t)^alpha when its duration t is longer than T,
-    plus a term that grows the longer it has not been asked. T is a quantile of the durations that are known, in place
-    of the paper's pacer.
+    square over its examples, else "loss"; 1 without either), as a share of the largest (of their 95 % quantile, so
+    that an outlier counts no more), plus sqrt(0.1 ln R / L) when it was asked last in round L and this is round R. When
+    its last duration t is longer than T the sum is multiplied with (T / t)^alpha. Drawn in proportion to their utility
+    are those that come within 95 % of the best.
+
+    Two things differ from the paper. T is a quantile of the durations that are known, in place of a pacer. Nobody is
+    left out for good: who was not asked for ten times as long as an even share would take is explored again.
 
     Args:
         alpha: how much slowness costs; 0 looks at the utility alone. The paper's default is 2.
         duration_quantile: T is the duration that this share of the clients stays below.
-        exploration: share of the places that go to clients never tried, in round 1.
+        exploration: share of the places that go to clients never tried (all, while nobody was), in round 1.
         exploration_decay: its factor from round to round.
         min_exploration: what it never falls below.
 
@@ -148,8 +152,9 @@ class Oort:
 class Tiers:
     """The cohort of a round comes from one group of about equally quick clients, after Chai et al. 2020 (TiFL).
 
-    Clients are sorted by duration into `num_tiers` groups of one size; each round draws a group, the same chance for
-    each, and fills up from the groups next to it. Whoever was never tried comes first.
+    Clients are sorted by mean duration into `num_tiers` groups of about one size, those that have never answered into
+    the slowest; each round draws a group, the same chance for each, and fills up from the groups next to it. Whoever
+    was never tried comes first.
 
     Raises:
         ConfigError: when `num_tiers` is less than 2.
