@@ -319,6 +319,9 @@ class Engine:
             self._out.append(c.WelcomeClient(client_id=event.client_id, session=event.session))
         if known is not None and former_session not in ("", event.session):
             self._restarted(known)
+        elif member.is_in_doubt and member.at_work_on != member.fit_task:
+            self._give_up_task(member)
+        member.is_in_doubt = False
         if not is_new:
             if self._phase is Phase.OPEN and before != member.at_work_on:  # it may be idle after all
                 self._grow_cohort()
@@ -350,28 +353,46 @@ class Engine:
 
     def _restarted(self, member: Member) -> None:
         """A new process of a known client: what the old one worked on is gone, and is given again while it counts."""
-        task_id, member.fit_task = member.fit_task, None
-        task = self._tasks.get(task_id or "")
-        if task is None or task_id is None or task.state is not TaskState.WORKING:
-            return
+        task = self._tasks.get(member.fit_task or "")
         round_ = self._round
-        if round_ is not None and self._phase is Phase.OPEN and round_.cohort.get(member.client_id) == task_id:
-            member.fit_task = task_id
-            self._out.append(self._send(round_, member.client_id, task_id))
-            return
-        task.state = TaskState.LOST
+        if task is None or member.fit_task is None or task.state is not TaskState.WORKING:
+            member.fit_task = None
+        elif round_ is not None and self._phase is Phase.OPEN and self._is_of_cohort(round_, member):
+            self._out.append(self._send(round_, member.client_id, member.fit_task))
+        else:
+            self._give_up_task(member)
+
+    def _give_up_task(self, member: Member) -> None:
+        """Its client does not work on this task of an earlier round; should an update come all the same, it counts."""
+        task = self._tasks.get(member.fit_task or "")
+        member.fit_task = None
+        if task is not None and task.state is TaskState.WORKING:
+            task.state = TaskState.LOST
         if self._phase is Phase.OPEN:
             self._grow_cohort()
 
+    def _is_of_cohort(self, round_: _Round, member: Member) -> bool:
+        """Whether it works on its task of this round."""
+        return member.fit_task is not None and round_.cohort.get(member.client_id) == member.fit_task
+
     def _send_again(self, only: str | None) -> None:
-        """Repeat the tasks that are still unanswered: a client that has its answer ready sends that again."""
+        """Repeat the tasks that are still unanswered: a client that has its answer ready sends that again.
+
+        The models of earlier rounds' tasks may be no more, so those are not repeated: the clients will say whether they
+        work on them.
+        """
         if self._parameters_task is not None and only in (None, self._parameters_task[1]):
             task_id, client_id = self._parameters_task
             self._out.append(c.RequestParameters(client_id=client_id, task_id=task_id))
-        if self._round is not None and self._phase is Phase.OPEN:
-            for client_id, task_id in self._round.cohort.items():
-                if client_id in self._round.working and client_id in self._members and only in (None, client_id):
-                    self._out.append(self._send(self._round, client_id, task_id))
+        open_round = self._round if self._phase is Phase.OPEN else None
+        if open_round is not None:
+            for client_id, task_id in open_round.cohort.items():
+                if client_id in open_round.working and client_id in self._members and only in (None, client_id):
+                    self._out.append(self._send(open_round, client_id, task_id))
+        for member in self._members:
+            is_repeated = open_round is not None and self._is_of_cohort(open_round, member)
+            if member.fit_task is not None and not is_repeated and only in (None, member.client_id):
+                member.is_in_doubt = True
         for evaluation in self._evaluations.values():
             if evaluation.version != self._version:
                 continue  # long asked for: what is left of it is in the inboxes
@@ -408,7 +429,7 @@ class Engine:
         self._record(member.client_id).lost += 1
         if self._round is None or self._phase is not Phase.OPEN:
             return
-        if self._round.cohort.get(member.client_id) == member.fit_task:
+        if self._is_of_cohort(self._round, member):
             self._round.lost.append(member.client_id)
             self._round.working.discard(member.client_id)
         self._grow_cohort()

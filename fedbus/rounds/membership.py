@@ -19,6 +19,8 @@ class Member:
     """The fit task that it was given and has not answered."""
     at_work_on: str = ""
     """The fit task that it said it has in hand."""
+    is_in_doubt: bool = False
+    """Whether `fit_task` may never have reached it; its next sign of life tells."""
 
 
 class Membership:

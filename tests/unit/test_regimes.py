@@ -151,6 +151,22 @@ def test_after_a_resume_tasks_of_one_client_go_on_counting() -> None:
     assert (one(said, c.SendFitTask).task_id, one(said, c.SendFitTask).repeat) == ("run/fit/2/a/2", 2)
 
 
+def test_after_a_resume_a_client_says_whether_it_works_on_a_task_of_an_earlier_round() -> None:
+    tasks = tuple(
+        RestoredTask(task_id=f"run/fit/1/{name}", client_id=name, round=1, version=0, state="working") for name in "ab"
+    )
+    restored = Restored(rounds=2, version=2, clients=("a", "b"), tasks=tasks)
+    engine = Engine(RoundConfig.buffered(3, num_rounds=5), seed=0, run_id="run", restored=restored, now=0.0)
+    assert all_of(engine.handle(e.ModelReady(), 0.0), c.SendFitTask) == []
+    assert all_of(engine.handle(e.TasksInDoubt(), 1.0), c.SendFitTask) == []
+    at_work = e.ClientHeard(client_id="a", session="a", fit_task="run/fit/1/a")
+    assert all_of(engine.handle(at_work, 2.0), c.SendFitTask) == []
+    said = engine.handle(e.ClientHeard(client_id="b", session="b"), 2.0)
+    assert (one(said, c.SendFitTask).client_id, one(said, c.SendFitTask).version) == ("b", 2)
+    said = engine.handle(e.UpdateReceived(client_id="b", task_id="run/fit/1/b", delivery=1), 3.0)
+    assert one(said, c.Fold).staleness == 2  # it had been on its way
+
+
 # ---- over-selection --------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,245 @@
+"""Whole stories over the memory bus in which nobody waits: stragglers, comings and goings, asynchronous rounds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedbus.config import RoundConfig
+from fedbus.observe import events as o
+from fedbus.training.base import Client, ClientContext
+from fedbus.types import Config, EvaluateResult, FitResult, Tensors
+from tests.kit import Counting, Gate, app_of, federation
+
+QUICK: dict[str, Any] = {"heartbeat_s": 0.05, "lease_s": 5.0, "timeout_s": 30.0, "fraction_evaluate": 0}
+
+
+class Versions:
+    """Clients that add 1 to a counter of versions in the model, and note which version each of them trained."""
+
+    def __init__(self) -> None:
+        self.trained: defaultdict[str, list[int]] = defaultdict(list)
+        self.seconds: dict[str, float] = {}
+        self.gates: dict[str, threading.Event] = {}
+        self.looks_at_cancelled = True
+        self.cancelled: list[str] = []
+
+    def client_fn(self, context: ClientContext) -> Client:
+        versions = self
+
+        class Training(Client):
+            def fit(self, parameters: Tensors, config: Config) -> FitResult:
+                name = context.client_id
+                versions.trained[name].append(round(float(parameters["w"][0])))
+                time.sleep(versions.seconds.get(name, 0.001))
+                gate = versions.gates.get(name)
+                while gate is not None and not gate.is_set():
+                    if versions.looks_at_cancelled and context.cancelled:
+                        versions.cancelled.append(name)
+                        raise RuntimeError("stopped in the middle of an epoch")
+                    time.sleep(0.002)
+                return FitResult(parameters={"w": parameters["w"] + 1}, num_examples=1)
+
+            def evaluate(self, parameters: Tensors, config: Config) -> EvaluateResult:
+                gate = versions.gates.get(f"{context.client_id} evaluates")
+                if gate is not None:
+                    gate.wait(20)
+                return EvaluateResult(loss=0.0, num_examples=1)
+
+        return Training()
+
+
+def app(versions: Versions, rounds: RoundConfig) -> Any:
+    made = app_of(versions.client_fn, initial_parameters={"w": np.zeros(3, np.float32)})
+    made.rounds = rounds
+    return made
+
+
+# ---- told to stop ----------------------------------------------------------------------------------------------------
+
+
+async def test_training_that_nobody_waits_for_is_told_to_stop_and_gets_the_newest_task() -> None:
+    versions = Versions()
+    versions.gates["slow"] = threading.Event()
+    rounds = RoundConfig(num_rounds=6, min_fit_clients=2, min_available_clients=3, max_staleness=1, **QUICK)
+    async with federation(app(versions, rounds)) as story:
+        serving = story.start_server()
+        for name in ("a", "b", "slow"):
+            story.start_client(name)
+        told = await story.until(o.TaskCancelled, client_id="slow")
+        assert "max_staleness is 1" in told.reason
+        assert versions.cancelled[0] == "slow"
+        versions.gates["slow"].set()
+        history = await serving
+        assert story.told(o.TaskErred) == []  # what fit said when it was stopped is no failure of its own
+        assert "max_staleness is 1" in next(r.refused["slow"] for r in history.rounds if "slow" in r.refused)
+        assert len(history.rounds) == 6
+
+
+async def test_training_that_does_not_listen_is_not_uploaded_and_its_client_trains_the_newest_version_next() -> None:
+    versions = Versions()
+    versions.looks_at_cancelled = False
+    versions.gates["slow"] = threading.Event()
+    versions.gates["a"] = versions.gates["b"] = threading.Event()
+    versions.gates["a"].set()
+    rounds = RoundConfig(num_rounds=40, min_fit_clients=2, min_available_clients=3, max_staleness=1, **QUICK)
+    async with federation(app(versions, rounds)) as story:
+        story.start_server()
+        for name in ("a", "b", "slow"):
+            story.start_client(name)
+        cancelled = await story.until(o.FitCancelled)
+        versions.gates["slow"].set()
+        await story.until(o.UpdateFolded, client_id="slow")
+        assert versions.trained["slow"][0] == 0
+        assert versions.trained["slow"][1] > cancelled.round - 1  # nothing from the backlog
+        assert story.told(o.RefusalArrived) == []  # for nothing was sent in vain
+
+
+async def test_a_task_that_was_not_begun_is_dropped_when_it_is_cancelled() -> None:
+    versions = Versions()
+    versions.gates["slow evaluates"] = threading.Event()
+    settings = {**QUICK, "fraction_evaluate": 1.0}
+    rounds = RoundConfig(num_rounds=12, min_fit_clients=2, min_available_clients=3, max_staleness=1, **settings)
+    async with federation(app(versions, rounds)) as story:
+        serving = story.start_server()
+        for name in ("a", "b", "slow"):
+            story.start_client(name)
+        cancelled = await story.until(o.TaskCancelled, client_id="slow")
+        await story.until(o.CohortGrew)  # it is asked again
+        before = len(versions.trained["slow"])
+        versions.gates["slow evaluates"].set()
+        await serving
+        assert cancelled.round > 1
+        assert cancelled.round - 1 not in versions.trained["slow"][before:]
+
+
+# ---- longer than the timeout -----------------------------------------------------------------------------------------
+
+
+async def test_updates_of_a_fit_that_takes_longer_than_the_timeout_count_and_no_version_is_trained_twice() -> None:
+    versions = Versions()
+    versions.seconds = {"slow": 0.5, "a": 0.05}
+    rounds = RoundConfig(
+        num_rounds=18, min_fit_clients=2, min_available_clients=2, **{**QUICK, "timeout_s": 0.2, "heartbeat_s": 2.0}
+    )
+    async with federation(app(versions, rounds)) as story:
+        history = await story.run("a", "slow")
+        late = [update for record in history.rounds for update in record.folded if update.client_id == "slow"]
+        assert len(late) >= 3
+        assert all(update.staleness > 0 for update in late)
+        assert versions.trained["slow"] == sorted(set(versions.trained["slow"]))
+        assert all(record.reason == "timeout" or len(record.folded) == 2 for record in history.rounds)
+        assert story.told(o.RefusalArrived) == []
+
+
+async def test_a_client_alone_whose_fit_takes_longer_than_the_timeout_gets_on() -> None:
+    versions = Versions()
+    versions.seconds = {"slow": 0.45}
+    rounds = RoundConfig(num_rounds=9, min_fit_clients=1, **{**QUICK, "timeout_s": 0.2, "heartbeat_s": 2.0})
+    async with federation(app(versions, rounds)) as story:
+        history = await story.run("slow")
+        assert versions.trained["slow"][:3] == [0, 1, 2]
+        assert history.updates >= 3
+        assert any(record.folded == [] for record in history.rounds)
+
+
+# ---- comings and goings ----------------------------------------------------------------------------------------------
+
+
+async def test_half_of_the_clients_leave_for_ever_and_new_ones_join_and_all_rounds_close() -> None:
+    counting = Counting()
+    settings = {**QUICK, "num_rounds": 10, "min_fit_clients": 3, "over_selection": 1.0, "lease_s": 0.4, "timeout_s": 5}
+    async with federation(app_of(counting.client_fn, rounds=settings)) as story:
+        leaving = {"c4", "c5", "c6"}
+        gate = threading.Event()
+        counting.hooks.append(lambda client, round_: gate.wait(10) if round_ in (3, 6) else None)
+        serving = story.start_server()
+        tasks = {name: story.start_client(name) for name in ("c1", "c2", "c3", "c4", "c5", "c6")}
+        await story.until(o.RoundOpened, round=3)
+        await story.kill("c4", tasks["c4"])
+        story.clients["c5"].request_leave()
+        story.clients["c6"].request_leave()
+        await story.until(o.MemberLost, 3)
+        gate.set()
+        await story.until(o.RoundOpened, round=6)
+        for name in ("n1", "n2", "n3"):
+            story.start_client(name)
+        history = await serving
+    assert [record.round for record in history.rounds] == list(range(1, 11))
+    assert all(len(record.folded) == 3 for record in history.rounds)
+    assert set(history.clients_left) == {"c5", "c6"}
+    assert history.clients_lost == ["c4"]
+    for record in history.rounds[3:]:
+        assert not leaving & set(record.cohort)
+    assert set().union(*(record.clients for record in history.rounds[5:])) & {"n1", "n2", "n3"}
+    assert all(record.clients <= set(record.cohort) for record in history.rounds)
+
+
+async def test_an_update_whose_client_went_counts_and_when_it_is_back_it_is_in_the_next_round() -> None:
+    gate = Gate(only="b")
+    settings = {**QUICK, "num_rounds": 3, "min_fit_clients": 2, "lease_s": 0.3}
+    async with federation(app_of(gate.client_fn, rounds=settings)) as story:
+        serving = story.start_server()
+        a = story.start_client("a")
+        story.start_client("b")
+        await story.until(o.UpdateFolded, client_id="a")
+        await story.kill("a", a)
+        await story.until(o.MemberLost, client_id="a")
+        gate.open()
+        closed = await story.until(o.RoundClosed, round=1)
+        assert closed.folded == 2
+        story.start_client("a")
+        history = await serving
+        assert [record.clients for record in history.rounds] == [{"a", "b"}] * 3
+
+
+# ---- asynchronous ----------------------------------------------------------------------------------------------------
+
+
+async def test_in_a_buffered_run_every_version_has_k_updates_and_the_slow_ones_count_late() -> None:
+    versions = Versions()
+    versions.seconds = {"slow": 0.1}
+    rounds = RoundConfig.buffered(3, num_rounds=80, min_available_clients=3, max_staleness=1000, **QUICK)
+    async with federation(app(versions, rounds)) as story:
+        history = await story.run("a", "b", "slow")
+        assert all(len(record.folded) == 3 for record in history.rounds)
+        slow = [update for record in history.rounds for update in record.folded if update.client_id == "slow"]
+        assert max(update.staleness for update in slow) > 0
+        assert history.clients["slow"].folded == len(slow)
+        assert history.clients["a"].folded > 3 * len(slow)
+        assert versions.trained["a"] == sorted(versions.trained["a"])
+
+
+async def test_an_asynchronous_run_goes_on_where_its_server_was_killed(tmp_path: Path) -> None:
+    counting = Counting()
+    rounds = RoundConfig.buffered(2, num_rounds=12, min_available_clients=3, **QUICK)
+    made = counting.app()
+    made.rounds = rounds
+    async with federation(made, run_dir=tmp_path) as story:
+        story.start_server()
+        for name in ("c1", "c2", "c3"):
+            story.start_client(name)
+        for round_ in (2, 5, 8):
+            await story.until(o.RoundClosed, round=round_)
+            await story.kill_server()
+            serving = story.resume_server()
+        history = await serving
+        assert [record.version for record in history.rounds] == list(range(1, 13))
+        assert all(len(record.folded) == 2 for record in history.rounds)
+        assert history.clients["c1"].folded == sum(u.client_id == "c1" for r in history.rounds for u in r.folded)
+
+
+@pytest.mark.parametrize("client", ["a", "b"])
+async def test_what_each_client_did_is_in_the_history(client: str, tmp_path: Path) -> None:
+    async with federation(app_of(rounds={"num_rounds": 3, "fraction_evaluate": 0}), run_dir=tmp_path) as story:
+        history = await story.run("a", "b")
+        record = history.clients[client]
+        assert (record.asked, record.folded, record.failed, record.nbytes) == (3, 3, 0, 36)
+        assert record.mean_seconds is not None
+        assert f'"client_id": "{client}"' in (tmp_path / "history.json").read_text()
