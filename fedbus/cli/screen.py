@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from fedbus.cli.options import log_level
 from fedbus.errors import FedbusError, RunFailed
@@ -21,6 +24,8 @@ from fedbus.observe.logs import also_into, log_event, number, set_up
 from fedbus.observe.progress import LiveProgress
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import Evaluation, History, plain
+
+_MAX_CLIENTS = 24
 
 
 @dataclass
@@ -89,6 +94,7 @@ def result(history: History, run_dir: Path) -> dict[str, object]:
     for where, evaluation in (("central", history.central), ("federated", history.federated)):
         if evaluation is not None:
             summary[where] = {"loss": evaluation.loss, **evaluation.metrics}
+    summary["clients"] = {name: dataclasses.asdict(record) for name, record in sorted(history.clients.items())}
     summary["run_dir"] = str(run_dir)
     return summary
 
@@ -105,7 +111,31 @@ def report(history: History, run_dir: Path, *, as_json: bool) -> None:
         metrics = {"loss": evaluation.loss, **evaluation.metrics}
         figures = ", ".join(f"{name} {number(value)}" for name, value in metrics.items())
         typer.echo(f"model of round {round_}, {by}: {figures}")
+    show_clients(history)
     typer.echo(f"run folder: {run_dir}")
+
+
+def show_clients(history: History) -> None:
+    """A line for each client: what it did in the run."""
+    if not history.clients:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("client", no_wrap=True)
+    for name in ("updates", "late", "most late", "mean s", "failed", "lost", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = sorted(history.clients.items())
+    for name, record in rows[:_MAX_CLIENTS]:
+        mean_s = "" if record.mean_seconds is None else f"{record.mean_seconds:.2f}"
+        table.add_row(
+            Text(name),  # not markup
+            *(f"{count}" for count in (record.folded, record.late, record.max_staleness)),
+            mean_s,
+            *(f"{count}" for count in (record.failed, record.lost)),
+            f"{record.nbytes / (1 << 20):.1f}",
+        )
+    Console(highlight=False).print(table)
+    if len(rows) > _MAX_CLIENTS:
+        typer.echo(f"and {len(rows) - _MAX_CLIENTS} more clients, in history.json")
 
 
 def _last_evaluations(history: History) -> Iterator[tuple[int, Evaluation]]:

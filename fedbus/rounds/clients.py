@@ -11,16 +11,17 @@ from typing import TypeAlias
 class ClientRecord:
     """One client's past in this run.
 
-    `asked`: fit tasks given; `folded`: updates that count; `failed`: tasks that ended without one, refusals among them;
-    `lost`: tasks during which it went away. `last_round`: in which it was asked last. `seconds`: how long it took from
-    the task to the whole update the last time, `mean_seconds` on average, None while that is not known. `staleness`:
-    versions late, summed over `folded`. `nbytes`: payload bytes of the updates that count. `utility`: what its last
-    update taught, num_examples times its loss; None while it has told none.
+    `asked`: fit tasks given; `folded`: updates that count, `late` of them late; `failed`: tasks that ended without one,
+    refusals among them; `lost`: tasks during which it went away. `last_round`: in which it was asked last. `seconds`:
+    how long it took from the task to the whole update the last time, `mean_seconds` on average over `timed` of them,
+    None while that is not known. `staleness`: versions late, summed over `folded`. `nbytes`: payload bytes of the
+    updates that count. `utility`: what its last update taught, num_examples times its loss; None if it told none.
     """
 
     client_id: str
     asked: int = 0
     folded: int = 0
+    late: int = 0
     failed: int = 0
     lost: int = 0
     last_round: int = 0
@@ -38,6 +39,7 @@ class ClientRecord:
 
     def note_folded(self, *, staleness: int, seconds: float | None, nbytes: int, utility: float | None) -> None:
         self.folded += 1
+        self.late += staleness > 0
         self.staleness += staleness
         self.max_staleness = max(self.max_staleness, staleness)
         self.nbytes += nbytes
