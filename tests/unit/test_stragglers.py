@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedbus.bus.topology import inbox
 from fedbus.config import RoundConfig
 from fedbus.observe import events as o
 from fedbus.training.base import Client, ClientContext
@@ -197,6 +198,23 @@ async def test_an_update_whose_client_went_counts_and_when_it_is_back_it_is_in_t
         story.start_client("a")
         history = await serving
         assert [record.clients for record in history.rounds] == [{"a", "b"}] * 3
+
+
+async def test_a_client_whose_inbox_is_gone_when_its_task_comes_is_replaced_at_once() -> None:
+    settings = {**QUICK, "num_rounds": 2, "min_fit_clients": 2, "over_selection": 1.0, "min_available_clients": 3}
+    async with federation(app_of(rounds=settings)) as story:
+        connection = story.broker.connect("operator")
+        serving = story.start_server()
+        for name in ("a", "b"):
+            story.start_client(name)
+        await story.until(o.MemberJoined, 2)
+        await connection.delete_queue(inbox("a"))
+        story.start_client("c")
+        history = await serving
+        assert history.clients_lost == ["a"]
+        assert [record.clients for record in history.rounds] == [{"b", "c"}] * 2
+        assert story.told(o.MemberLost)[0].reason == "its inbox is gone"
+        await connection.close()
 
 
 # ---- asynchronous ----------------------------------------------------------------------------------------------------
