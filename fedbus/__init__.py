@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from fedbus.server.history import History as History
     from fedbus.strategies.base import ClientUpdate as ClientUpdate
     from fedbus.strategies.base import Strategy as Strategy
+    from fedbus.strategies.fedasync import FedAsync as FedAsync
     from fedbus.strategies.fedavg import FedAvg as FedAvg
+    from fedbus.strategies.fedbuff import FedBuff as FedBuff
     from fedbus.training.base import Client as Client
     from fedbus.training.base import ClientContext as ClientContext
     from fedbus.training.base import NumPyClient as NumPyClient
@@ -44,7 +46,9 @@ _HOMES = {
     "ClientContext": "training.base",
     "ClientUpdate": "strategies.base",
     "EvaluateResult": "types",
+    "FedAsync": "strategies.fedasync",
     "FedAvg": "strategies.fedavg",
+    "FedBuff": "strategies.fedbuff",
     "FedbusError": "errors",
     "FitResult": "types",
     "History": "server.history",

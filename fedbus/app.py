@@ -11,17 +11,46 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, overload
 
 from fedbus.config import RoundConfig
 from fedbus.errors import AppError, ConfigError, RunFailed, one_line
 from fedbus.strategies.base import Strategy
+from fedbus.strategies.fedasync import FedAsync
 from fedbus.strategies.fedavg import FedAvg
+from fedbus.strategies.fedbuff import FedBuff
 from fedbus.training.base import Client, ClientContext, NumPyClient
 from fedbus.types import Array, Config, EvaluateFn, Tensors, as_tensors
 
 Parameters: TypeAlias = Tensors | Sequence[Array]
 ConfigFn: TypeAlias = Config | Callable[[int], Config]
+
+_FED_AVG: Final = FedAvg()
+_FED_BUFF: Final = FedBuff()
+_FED_ASYNC: Final = FedAsync()
+_DEFAULTS: Final = (_FED_AVG, _FED_BUFF, _FED_ASYNC)
+"""What an App without a strategy of its own takes. They are recognised when `dataclasses.replace` hands them to another
+App, which may have other rounds."""
+
+
+class _StrategyField:
+    """An App's `strategy`: takes None for the one that suits its rounds, and gives that one."""
+
+    @overload
+    def __get__(self, app: None, owner: type[App]) -> None: ...
+
+    @overload
+    def __get__(self, app: App, owner: type[App]) -> Strategy: ...
+
+    def __get__(self, app: App | None, owner: type[App]) -> Strategy | None:
+        if app is None:
+            return None  # the field's default
+        given: Strategy | None = vars(app)["strategy"]
+        return _default_strategy(app.rounds) if given is None else given
+
+    def __set__(self, app: App, given: Strategy | None) -> None:
+        is_default = any(given is default for default in _DEFAULTS)
+        vars(app)["strategy"] = None if is_default else given
 
 
 @dataclass(kw_only=True)
@@ -30,7 +59,8 @@ class App:
 
     Args:
         client_fn: makes a client's `Client` or `NumPyClient`; called once in each client process.
-        strategy: how updates become the next model.
+        strategy: how updates become the next model; None takes what suits the rounds: FedAsync for asynchronous ones
+            of one update each, FedBuff for other asynchronous ones, FedAvg else.
         initial_parameters: the model to begin with (name -> array, or a list of arrays), or a function that makes
             it; None asks one of the clients for its `get_parameters`.
         evaluate_fn: central evaluation, (round, {name: array}) -> (loss, metrics); runs beside the rounds.
@@ -44,11 +74,11 @@ class App:
         seed: of the cohorts; also sent to clients as "seed" in the fit config unless that is set there.
 
     Raises:
-        ConfigError: when an argument is of the wrong kind.
+        ConfigError: when an argument is of the wrong kind, or the strategy makes no sense with the rounds.
     """
 
     client_fn: Callable[[ClientContext], Client | NumPyClient]
-    strategy: Strategy = field(default_factory=FedAvg)
+    strategy: _StrategyField = _StrategyField()
     initial_parameters: Parameters | Callable[[], Parameters] | None = None
     evaluate_fn: EvaluateFn | None = None
     rounds: RoundConfig = field(default_factory=RoundConfig)
@@ -61,10 +91,11 @@ class App:
     def __post_init__(self) -> None:
         if not callable(self.client_fn):
             raise ConfigError(f"client_fn must be a function of a ClientContext, not {self.client_fn!r}")
-        if not isinstance(self.strategy, Strategy):
-            raise ConfigError(f"strategy must be a fedbus Strategy such as FedAvg(), not {self.strategy!r}")
         if not isinstance(self.rounds, RoundConfig):
             raise ConfigError(f"rounds must be a RoundConfig, not {self.rounds!r}")
+        if not isinstance(self.strategy, Strategy):
+            raise ConfigError(f"strategy must be a fedbus Strategy such as FedAvg(), not {self.strategy!r}")
+        self.strategy.check(self.rounds)
         for setting in ("update_queue", "message_queues"):
             if getattr(self, setting) not in ("quorum", "classic"):
                 raise ConfigError(f"{setting} must be 'quorum' or 'classic', not {getattr(self, setting)!r}")
@@ -89,6 +120,12 @@ class App:
     def evaluate_config_of(self, round: int) -> Config:
         """The settings that go with the evaluate tasks of `round`."""
         return {"round": round, **_config("evaluate_config", self.evaluate_config, round)}
+
+
+def _default_strategy(rounds: RoundConfig) -> Strategy:
+    if not rounds.is_asynchronous:
+        return _FED_AVG
+    return _FED_ASYNC if rounds.min_fit_clients == 1 else _FED_BUFF
 
 
 def _check_takes(function: Callable[..., object], name: str, arguments: str, count: int) -> None:
