@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError
 from fedbus.strategies.base import ClientUpdate, Strategy
-from fedbus.strategies.exact import blocks
+from fedbus.strategies.exact import BLOCK, blocks
 from fedbus.strategies.mean import rounded
 from fedbus.types import Array, Tensors
 
@@ -45,7 +45,7 @@ class FedAsync(Strategy):
         assert update.base is not None, "needs_base"
         for name, start, delta in update.pieces():
             mixed, base = state[name].reshape(-1), update.base[name].reshape(-1)
-            for block in blocks(delta.size):
+            for block in blocks(delta.size, BLOCK // 4):  # it takes several blocks' worth of memory to mix one
                 at = slice(start + block.start, start + block.stop)
                 mixed[at] = _mixed(mixed[at], base[at], delta[block], update.discount)
 

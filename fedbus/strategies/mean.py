@@ -120,7 +120,8 @@ def _stepped(value: Array, step: NDArray[Any]) -> Array:
 
 
 def rounded(value: Array, step: NDArray[np.float64]) -> Array:
-    """Integers plus a step rounded to the nearest integer (ties to even), within the limits of their dtype."""
+    """Integers plus a step rounded to the nearest integer (ties to even), within the limits of their dtype; a step is
+    2**63 long at most."""
     limits, kind = np.iinfo(value.dtype), value.dtype.type
     longest = min(2.0**limits.bits - 1, _LARGEST_INT64)
     whole = np.clip(np.rint(step), -longest, longest).astype(np.int64)

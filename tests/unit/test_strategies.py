@@ -1,4 +1,4 @@
-"""FedAvg against numbers that can be checked by hand."""
+"""FedAvg against numbers that can be checked by hand, and what it shares with FedBuff: the exact mean, in any order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbus.strategies.base import ClientUpdate
+from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.exact import BLOCK
 from fedbus.strategies.fedavg import FedAvg
+from fedbus.strategies.fedbuff import FedBuff
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.delta import update_delta
 from fedbus.types import Array, Metrics, Piece, Tensors
@@ -85,6 +86,27 @@ def test_bools_take_the_weighted_majority_and_stay_on_a_tie() -> None:
     assert average(model, [(one, 3), (other, 1)])["mask"].tolist() == [False, False, True, True]
 
 
+def test_a_late_vote_for_what_is_there_already_counts_once() -> None:
+    model: Tensors = {"mask": np.array([False])}
+    state = FedAvg().init(model)
+    for client_id, delta in (("late", -1), ("a", 1), ("b", 1)):  # the late one began from True
+        FedAvg().fold(
+            state,
+            ClientUpdate(client_id=client_id, delta={"mask": np.array([delta], np.int8)}, num_examples=1),
+        )
+    assert FedAvg().finish(state, model)["mask"].tolist() == [True]  # two of three; the plain sum says 1/3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "end"), [("int8", 400, 127), ("uint8", 400, 255), ("int32", 2**40, 2**31 - 1)]
+)
+def test_a_step_longer_than_the_range_ends_at_its_limit(dtype: str, step: int, end: int) -> None:
+    model: Tensors = {"n": np.array([0], dtype)}
+    state = FedAvg().init(model)
+    FedAvg().fold(state, ClientUpdate(client_id="a", delta={"n": np.array([step])}, num_examples=1))
+    assert FedAvg().finish(state, model)["n"].tolist() == [end]
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex64])
 def test_the_dtype_survives_and_the_sum_is_wider_than_it(dtype: Any) -> None:
     model = {"w": np.full(3, 1.0, dtype)}
@@ -138,6 +160,9 @@ def test_the_streaming_mean_is_the_weighted_mean(trained: list[tuple[list[float]
 
 # ---- the order of arrival --------------------------------------------------------------------------------------------
 
+FED_AVG = FedAvg()
+EXACT = [FED_AVG, FedBuff(server_learning_rate=0.7)]
+
 
 def updates_of(model: Tensors, count: int, nasty: Callable[[Array, np.random.Generator], None]) -> list[ClientUpdate]:
     """Updates with weights from 1 to 10**6, with and without a discount, some of them without some tensors."""
@@ -175,8 +200,7 @@ def with_outliers(delta: Array, rng: np.random.Generator) -> None:
     delta[at] = np.array([huge, -huge, huge / 3, 5.0, np.finfo(np.float32).smallest_subnormal, 1e-7], delta.dtype)
 
 
-def digest_of(model: Tensors, updates: Sequence[ClientUpdate]) -> str:
-    strategy = FedAvg()
+def digest_of(model: Tensors, updates: Sequence[ClientUpdate], strategy: Strategy = FED_AVG) -> str:
     state = strategy.init(model)
     for update in updates:
         strategy.fold(state, update)
@@ -186,12 +210,17 @@ def digest_of(model: Tensors, updates: Sequence[ClientUpdate]) -> str:
     return digest.hexdigest()
 
 
-def digests_of(model: Tensors, updates: list[ClientUpdate], orders: int) -> set[str]:
+def digests_of(
+    model: Tensors,
+    updates: list[ClientUpdate],
+    orders: int,
+    strategy: Strategy = FED_AVG,
+) -> set[str]:
     shuffled, order = list(updates), random.Random(2)
     digests = set()
     for _ in range(orders):
         order.shuffle(shuffled)
-        digests.add(digest_of(model, shuffled))
+        digests.add(digest_of(model, shuffled, strategy))
     return digests
 
 
@@ -201,9 +230,12 @@ def model_of(dtype: Any, size: int) -> dict[str, Array]:
 
 
 @pytest.mark.parametrize("nasty", [tame, with_outliers])
-def test_a_thousand_orders_give_one_model(nasty: Callable[[Array, np.random.Generator], None]) -> None:
+@pytest.mark.parametrize("strategy", EXACT, ids=repr)
+def test_a_thousand_orders_give_one_model(
+    strategy: Strategy, nasty: Callable[[Array, np.random.Generator], None]
+) -> None:
     model = model_of(np.float32, 500)
-    assert len(digests_of(model, updates_of(model, 20, nasty), 1000)) == 1
+    assert len(digests_of(model, updates_of(model, 20, nasty), 1000, strategy)) == 1
 
 
 @pytest.mark.parametrize("nasty", [tame, with_outliers])
@@ -217,9 +249,10 @@ def test_orders_of_updates_longer_than_a_block_give_one_model(
 @pytest.mark.parametrize(
     "dtype", [np.float64, ml_dtypes.bfloat16, np.float16, np.complex64, np.complex128, np.int32, np.uint64, np.bool_]
 )
-def test_the_order_does_not_show_in_any_dtype(dtype: Any) -> None:
+@pytest.mark.parametrize("strategy", EXACT, ids=repr)
+def test_the_order_does_not_show_in_any_dtype(strategy: Strategy, dtype: Any) -> None:
     model = model_of(dtype, 300)
-    assert len(digests_of(model, updates_of(model, 20, with_outliers), 60)) == 1
+    assert len(digests_of(model, updates_of(model, 20, with_outliers), 60, strategy)) == 1
 
 
 def test_plain_sums_of_these_updates_would_show_their_order() -> None:
