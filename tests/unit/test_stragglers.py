@@ -234,6 +234,55 @@ async def test_in_a_buffered_run_every_version_has_k_updates_and_the_slow_ones_c
         assert versions.trained["a"] == sorted(versions.trained["a"])
 
 
+@pytest.mark.parametrize("keeps_a_folder", [True, False])
+async def test_fedasync_mixes_in_the_model_that_a_late_client_trained_not_its_step(
+    keeps_a_folder: bool, tmp_path: Path
+) -> None:
+    versions = Versions()
+    versions.seconds = {"slow": 0.06, "a": 0.005}
+    rounds = RoundConfig.asynchronous(0.6, num_rounds=60, min_available_clients=2, max_staleness=40, **QUICK)
+    async with federation(app(versions, rounds), run_dir=tmp_path if keeps_a_folder else None) as story:
+        history = await story.run("a", "slow")
+        by_hand = [0.0]
+        for (update,) in (record.folded for record in history.rounds):
+            base = by_hand[-1 - update.staleness]
+            a = 0.6 / (1 + update.staleness) ** 0.5
+            by_hand.append((1 - a) * by_hand[-1] + a * (base + 1))
+        assert max(update.staleness for record in history.rounds for update in record.folded) > 2
+        np.testing.assert_allclose(story.model()["w"], by_hand[-1], rtol=1e-5)
+    if keeps_a_folder:
+        assert len(list((tmp_path / "checkpoints").iterdir())) <= 41
+
+
+async def test_fedbuff_adds_the_discounted_steps_and_divides_by_their_number() -> None:
+    versions = Versions()
+    versions.seconds = {"slow": 0.05}
+    rounds = RoundConfig.buffered(2, num_rounds=40, min_available_clients=2, max_staleness=100, **QUICK)
+    async with federation(app(versions, rounds)) as story:
+        history = await story.run("a", "slow")
+        by_hand = sum((1 + update.staleness) ** -0.5 / 2 for record in history.rounds for update in record.folded)
+        assert max(update.staleness for record in history.rounds for update in record.folded) > 2
+        np.testing.assert_allclose(story.model()["w"], by_hand, rtol=1e-5)
+
+
+async def test_fedasync_goes_on_after_a_restart_with_updates_of_versions_before_it(tmp_path: Path) -> None:
+    versions = Versions()
+    versions.gates["slow"] = threading.Event()
+    rounds = RoundConfig.asynchronous(0.6, num_rounds=12, min_available_clients=2, **QUICK)
+    async with federation(app(versions, rounds), run_dir=tmp_path) as story:
+        story.start_server()
+        story.start_client("a")
+        story.start_client("slow")
+        await story.until(o.RoundClosed, round=3)
+        await story.kill_server()
+        serving = story.resume_server()
+        versions.gates["slow"].set()
+        history = await serving
+        (late, *_) = [u for record in history.rounds for u in record.folded if u.client_id == "slow"]
+        assert late.staleness >= 3
+        assert history.finished
+
+
 async def test_an_asynchronous_run_goes_on_where_its_server_was_killed(tmp_path: Path) -> None:
     counting = Counting()
     rounds = RoundConfig.buffered(2, num_rounds=12, min_available_clients=3, **QUICK)
