@@ -150,7 +150,7 @@ def _evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float
 
 
 def _task_rng(config: dict[str, Scalar], partition: int) -> np.random.Generator:
-    return np.random.default_rng([int(config.get("seed", 0)), int(config.get("round", 0)), partition])
+    return np.random.default_rng([*(int(config.get(key, 0)) for key in ("seed", "round", "repeat")), partition])
 
 
 app = App(

@@ -26,7 +26,7 @@ Matrix = NDArray[np.float64]
 class LogisticClient(Client):
     """Trains y = argmax(softmax(x W + b)) with plain SGD on the cross-entropy.
 
-    Reads from the fit config: "local_epochs", "batch_size", "lr", and "seed" and "round" for the order of the
+    Reads from the fit config: "local_epochs", "batch_size", "lr", and "seed", "round" and "repeat" for the order of the
     examples, so that a task done twice gives the same update.
     """
 
@@ -38,7 +38,9 @@ class LogisticClient(Client):
     def fit(self, parameters: Tensors, config: Config) -> FitResult:
         """Train for some local epochs; the metric is the mean loss that training began from."""
         weights = joined(parameters)
-        rng = np.random.default_rng([int(config["seed"]), int(config["round"]), self.context.partition])
+        rng = np.random.default_rng(
+            [int(config[key]) for key in ("seed", "round", "repeat")] + [self.context.partition]
+        )
         loss, _ = measure(weights, self.x, self.train.y)
         for _ in range(int(config["local_epochs"])):
             if self.context.cancelled:
