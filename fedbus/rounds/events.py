@@ -33,6 +33,14 @@ class ClientLeft:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientLost:
+    """The client is gone without a word: somebody knows it before its lease could tell."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelReady:
     """The initial model, version 0, can be fetched by clients."""
 
@@ -123,6 +131,7 @@ Event: TypeAlias = (
     ClientJoined
     | ClientHeard
     | ClientLeft
+    | ClientLost
     | ModelReady
     | UpdateReceived
     | UpdateInvalid

@@ -214,6 +214,10 @@ class Server:
         self._stopping.set()
         self._events.put(e.StopRequested(reason=reason))
 
+    def client_lost(self, client_id: str, reason: str) -> None:
+        """Say that this client is gone without a word: a simulation knows, and has no heartbeats to tell it by."""
+        self._events.put(e.ClientLost(client_id=client_id, reason=reason))
+
     def connection_lost(self) -> None:
         """Say that the connection is gone: a server that was held up for long may have been replaced meanwhile."""
         self._in_question.set()
