@@ -138,6 +138,7 @@ class Server:
         stalled_after_s: seconds of silence after which an upload is asked for again, or given up if its sender is gone.
         run_id: the name of a new run; None makes one up.
         caller: runs the app's own code; None: a thread does.
+        settings: what the history shows beside the app's own settings, or in their place.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Server:
         stalled_after_s: float = 60.0,
         run_id: str | None = None,
         caller: Caller | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._app = app
         self._bus = bus
@@ -161,10 +163,11 @@ class Server:
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
         self._stalled_after_s = stalled_after_s
+        self._settings = _settings(app) | dict(settings or {})
         self._history = History(
             run_id=self._run_id,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            settings=_settings(app),
+            settings=self._settings,
         )
         self._last_commit: LastCommit | None = None
         self._tidied_at = -math.inf
@@ -324,7 +327,7 @@ class Server:
             assert self._folder is not None
             await asyncio.to_thread(self._folder.save_history, self._history)
             return
-        self._history.settings, self._history.reason = _settings(self._app), ""
+        self._history.settings, self._history.reason = self._settings, ""
         self._tell_start()
         if self._last_commit is None or self._last_commit.version is None:
             self._model = await self._initial_model()
