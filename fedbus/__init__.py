@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fedbus.config import Uniform as Uniform
     from fedbus.errors import FedbusError as FedbusError
     from fedbus.server.history import History as History
+    from fedbus.simulation.virtual import simulate as simulate
+    from fedbus.simulation.virtual_time import VirtualTime as VirtualTime
     from fedbus.strategies.base import ClientUpdate as ClientUpdate
     from fedbus.strategies.base import Strategy as Strategy
     from fedbus.strategies.fedasync import FedAsync as FedAsync
@@ -55,8 +57,10 @@ _HOMES = {
     "NumPyClient": "training.base",
     "RoundConfig": "config",
     "Strategy": "strategies.base",
+    "VirtualTime": "simulation.virtual_time",
     "join": "api",
     "serve": "api",
+    "simulate": "simulation.virtual",
     "start_client": "api",
     "start_server": "api",
 }
