@@ -45,7 +45,9 @@ class _QueueState:
     ready: list[_Stored] = field(default_factory=list)  # a stream: everything that is kept
     next_offset: int = 0
     segment_filled: int = 0
+    kept_bytes: int = 0  # of a stream
     consumers: deque[_MemoryConsumer] = field(default_factory=deque)
+    hungry: dict[_MemoryConsumer, None] = field(default_factory=dict)  # of a stream: at its end, with room for more
 
     @property
     def is_stream(self) -> bool:
@@ -55,7 +57,11 @@ class _QueueState:
 @dataclass(slots=True)
 class _ExchangeState:
     spec: Exchange
-    bindings: list[tuple[str, str]] = field(default_factory=list)  # (routing_key, queue)
+    bindings: dict[str, dict[str, None]] = field(default_factory=dict)  # routing_key -> queues, in order of binding
+
+    def queues(self, routing_key: str) -> dict[str, None]:
+        """The queues bound with that key; a fanout exchange does not look at keys."""
+        return self.bindings.setdefault("" if self.spec.kind == "fanout" else routing_key, {})
 
 
 class MemoryBroker:
@@ -109,7 +115,9 @@ class MemoryBroker:
 
     def purge(self, queue: str) -> None:
         """Lose what waits in `queue`."""
-        self._queue(queue).ready.clear()
+        state = self._queue(queue)
+        state.ready.clear()
+        state.kept_bytes = 0
 
     # ---- what buses ask for --------------------------------------------------------------------------------------
 
@@ -124,9 +132,7 @@ class MemoryBroker:
                 raise QueueMismatch(f"queue {queue.name} exists with other settings")
         for binding in topology.bindings:
             self._queue(binding.queue)
-            bindings = self._exchange(binding.exchange).bindings
-            if (binding.routing_key, binding.queue) not in bindings:
-                bindings.append((binding.routing_key, binding.queue))
+            self._exchange(binding.exchange).queues(binding.routing_key)[binding.queue] = None
 
     def _exchange(self, name: str) -> _ExchangeState:
         if name not in self._exchanges:
@@ -141,22 +147,21 @@ class MemoryBroker:
     def _delete(self, name: str) -> None:
         state = self._queues.pop(name, None)
         for exchange in self._exchanges.values():
-            exchange.bindings = [binding for binding in exchange.bindings if binding[1] != name]
+            for queues in exchange.bindings.values():
+                queues.pop(name, None)
         for consumer in list(state.consumers) if state else []:
             consumer._stop(QueueMissing(f"consuming {name}: the queue was deleted"), give_back=False)
 
     def _publish(self, exchange: str, routing_key: str, body: bytes, user: str, expires_at: float | None) -> int:
         """Store the message in every queue that takes it; how many do."""
-        state = self._exchange(exchange)
-        fits_all = state.spec.kind == "fanout"
-        names = {name for key, name in state.bindings if fits_all or key == routing_key}
-        for name in names:
-            queue = self._queues[name]
+        queues = [self._queues[name] for name in self._exchange(exchange).queues(routing_key)]
+        for queue in queues:
             place = self._next_offset(queue, len(body)) if queue.is_stream else next(self._places)
             queue.ready.append(_Stored(body, routing_key, user, expires_at, place))
-            self._trim_stream(queue)
+            if queue.is_stream:
+                self._trim_stream(queue, len(body))
             self._dispatch(queue)
-        return len(names)
+        return len(queues)
 
     def _next_offset(self, queue: _QueueState, size: int) -> int:
         """Offsets grow, but not by one: RabbitMQ writes a chunk of its own at the head of each new segment."""
@@ -167,16 +172,15 @@ class MemoryBroker:
         queue.next_offset += 1
         return queue.next_offset - 1
 
-    def _trim_stream(self, queue: _QueueState) -> None:
-        if not queue.is_stream or queue.spec.max_bytes is None:
-            return
-        excess = sum(len(stored.body) for stored in queue.ready) - queue.spec.max_bytes
-        while excess > 0 and len(queue.ready) > 1:
-            excess -= len(queue.ready.pop(0).body)
+    def _trim_stream(self, queue: _QueueState, added_bytes: int) -> None:
+        queue.kept_bytes += added_bytes
+        while queue.spec.max_bytes is not None and queue.kept_bytes > queue.spec.max_bytes and len(queue.ready) > 1:
+            queue.kept_bytes -= len(queue.ready.pop(0).body)
 
     def _dispatch(self, queue: _QueueState) -> None:
         if queue.is_stream:
-            for consumer in queue.consumers:
+            hungry, queue.hungry = queue.hungry, {}
+            for consumer in hungry:
                 consumer._pull_stream()
             return
         while queue.ready and (free := self._next_free(queue)) is not None:
@@ -306,7 +310,7 @@ class MemoryBus(Bus):
         consumer = _MemoryConsumer(self._broker, state, prefetch, offset)
         state.consumers.append(consumer)
         self._consumers.add(consumer)
-        self._broker._dispatch(state)
+        consumer._pull()
         try:
             yield consumer
         finally:
@@ -366,14 +370,24 @@ class _MemoryConsumer(Consumer):
     def _has_room(self) -> bool:
         return not self._is_stopped and (self._prefetch == 0 or len(self._unsettled) < self._prefetch)
 
+    def _pull(self) -> None:
+        """Take what there is room for now."""
+        if self._queue.is_stream:
+            self._pull_stream()
+        else:
+            self._broker._dispatch(self._queue)
+
     def _pull_stream(self) -> None:
         # An offset that retention has dropped is clamped silently, as RabbitMQ does.
         start = bisect.bisect_left(self._queue.ready, self._position, key=lambda stored: stored.place)
-        for stored in self._queue.ready[start:]:
+        for index in range(start, len(self._queue.ready)):
             if not self._has_room:
-                break
+                return
+            stored = self._queue.ready[index]
             self._hand_over(stored, stored.place)
             self._position = stored.place + 1
+        if self._has_room:
+            self._queue.hungry[self] = None
 
     def _hand_over(self, stored: _Stored, offset: int | None = None) -> None:
         tag = next(self._tags)
@@ -395,6 +409,7 @@ class _MemoryConsumer(Consumer):
         if self._is_stopped:
             return
         self._is_stopped = True
+        self._queue.hungry.pop(self, None)
         if self in self._queue.consumers:
             self._queue.consumers.remove(self)
         unsettled, self._unsettled = list(self._unsettled.values()), {}
@@ -416,17 +431,15 @@ class _MemoryConsumer(Consumer):
             self._check_unsettled(delivery)
         for delivery in deliveries:
             self._take(delivery)
-        self._broker._dispatch(self._queue)
+        self._pull()
 
     async def reject(self, delivery: Delivery, *, requeue: bool) -> None:
         stored = self._take(delivery)
-        if self._queue.is_stream:
-            self._broker._dispatch(self._queue)
-        elif requeue:
+        if requeue and not self._queue.is_stream:
             self._broker._give_back(self._queue, [stored])
-        else:
+        elif not self._queue.is_stream:
             self._broker._dead_letter(self._queue, stored)
-            self._broker._dispatch(self._queue)
+        self._pull()
 
     def _take(self, delivery: Delivery) -> _Stored:
         self._check_unsettled(delivery)
