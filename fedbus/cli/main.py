@@ -31,6 +31,7 @@ from fedbus.cli.options import (
     run_async,
 )
 from fedbus.cli.screen import draw_curves, report, screen
+from fedbus.cli.simulate import simulate
 from fedbus.errors import FedbusError, UsageError, one_line
 from fedbus.observe.logs import log_event, set_up
 from fedbus.simulation.processes import new_run_dir, run_federation
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.add_typer(broker_app)
 app.add_typer(bench_app)
 app.command()(demo)
+app.command()(simulate)
 
 
 def _show_version(value: bool) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fedbus.cli.options import log_level
 from fedbus.errors import FedbusError, RunFailed
 from fedbus.observe import events as o
 from fedbus.observe.curves import save_curves
-from fedbus.observe.logs import also_into, log_event, number, set_up
+from fedbus.observe.logs import Clock, also_into, log_event, number, set_up
 from fedbus.observe.progress import LiveProgress
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import Evaluation, History, plain
@@ -37,20 +37,26 @@ class Screen:
 
 
 @contextlib.contextmanager
-def screen(run_dir: Path, *, as_json: bool, log_json: bool, resume: bool = False) -> Iterator[Screen]:
-    """Show a run whose folder is `run_dir`, and keep its log there. With `as_json` stdout is left to the result."""
+def screen(
+    run_dir: Path, *, as_json: bool, log_json: bool, resume: bool = False, clock: Clock | None = None
+) -> Iterator[Screen]:
+    """Show a run whose folder is `run_dir`, and keep its log there. With `as_json` stdout is left to the result.
+
+    With a `clock` the times shown are those of a simulation.
+    """
     is_new = not run_dir.exists()
     RunFolder(run_dir, resume=resume)  # before anything is started
     console = Console(stderr=as_json)
     if log_json or not console.is_terminal:
-        set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
-        also_into(run_dir / "server.log")
+        stream = sys.stderr if as_json or log_json else sys.stdout
+        set_up(stream, as_json=log_json, level=log_level(), clock=clock)
+        also_into(run_dir / "server.log", clock)
         with _folder_named(run_dir, is_new=is_new):
             yield Screen(observers=[log_event], announce=_say(log_json, to_stderr=as_json))
         return
     set_up(None, level=log_level())
-    also_into(run_dir / "server.log")
-    with _folder_named(run_dir, is_new=is_new), LiveProgress(console) as progress:
+    also_into(run_dir / "server.log", clock)
+    with _folder_named(run_dir, is_new=is_new), LiveProgress(console, clock) as progress:
         yield Screen(observers=[progress.observe, log_event], announce=progress.board.announce)
 
 
@@ -99,13 +105,19 @@ def result(history: History, run_dir: Path) -> dict[str, object]:
     return summary
 
 
-def report(history: History, run_dir: Path, *, as_json: bool) -> None:
-    """Tell the result of a run, for people or as one JSON line."""
+def report(
+    history: History, run_dir: Path, *, as_json: bool, took: str = "", more: Mapping[str, object] | None = None
+) -> None:
+    """Tell the result of a run, for people or as one JSON line.
+
+    `took` says how long it took where `history.seconds` would not; `more` stands beside the rest in the JSON.
+    """
     if as_json:
-        typer.echo(json.dumps(plain(result(history, run_dir))))
+        typer.echo(json.dumps(plain({**result(history, run_dir), **(more or {})})))
         return
     rounds = len(history.rounds)
-    typer.echo(f"{rounds} round{'s' * (rounds != 1)}, {history.updates} updates in {history.seconds:.1f} s")
+    took = took or f"{history.seconds:.1f} s"
+    typer.echo(f"{rounds} round{'s' * (rounds != 1)}, {history.updates} updates in {took}")
     for round_, evaluation in _last_evaluations(history):
         by = "central" if evaluation.clients is None else f"by {evaluation.clients} clients"
         metrics = {"loss": evaluation.loss, **evaluation.metrics}

@@ -6,16 +6,18 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeAlias
 
 from fedbus.errors import one_line
 from fedbus.observe import events as e
 
 _LOGGER = logging.getLogger("fedbus")
-_FOR_PEOPLE = logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S")
+
+Clock: TypeAlias = Callable[[], float]
+"""Seconds of a simulation, which the log shows in place of the time of day."""
 
 _MAX_METRICS = 8
 _MAX_NAMES = 16
@@ -49,10 +51,12 @@ def log_event(event: object) -> None:
         _LOGGER.log(level, "%s", sentence(event), extra={"event": event})
 
 
-def set_up(stream: TextIO | None, *, as_json: bool = False, level: int = logging.INFO) -> None:
+def set_up(
+    stream: TextIO | None, *, as_json: bool = False, level: int = logging.INFO, clock: Clock | None = None
+) -> None:
     """Send fedbus's log lines to `stream`, one event per line; None keeps them off every screen."""
     handler = logging.NullHandler() if stream is None else logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter() if as_json else _FOR_PEOPLE)
+    handler.setFormatter(JsonFormatter(clock) if as_json else _ForPeople(clock))
     _LOGGER.handlers[:] = [handler]
     _LOGGER.propagate = False
     _LOGGER.setLevel(level)
@@ -61,21 +65,48 @@ def set_up(stream: TextIO | None, *, as_json: bool = False, level: int = logging
         logging.getLogger(name).setLevel(logging.CRITICAL if level > logging.DEBUG else logging.ERROR)
 
 
-def also_into(path: Path) -> None:
+def also_into(path: Path, clock: Clock | None = None) -> None:
     """Write the log lines into the file at `path`, too."""
     handler = logging.FileHandler(path)
-    handler.setFormatter(_FOR_PEOPLE)
+    handler.setFormatter(_ForPeople(clock))
     _LOGGER.addHandler(handler)
 
 
+def hours(seconds: float) -> str:
+    """Seconds as H:MM:SS, however many hours they are."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class _ForPeople(logging.Formatter):
+    """The time of day, or that of the simulation, and the sentence."""
+
+    def __init__(self, clock: Clock | None) -> None:
+        super().__init__("%(asctime)s  %(message)s", "%H:%M:%S")
+        self._clock = clock
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """What stands before the sentence."""
+        return super().formatTime(record, datefmt) if self._clock is None else f"{hours(self._clock()):>8}"
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time (UTC, ISO 8601), level, event, message and the event's own fields."""
+    """One JSON object per line: time (UTC, ISO 8601), level, event, message and the event's own fields.
+
+    With a clock "virtual_s" follows the time: seconds of the simulation.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        super().__init__()
+        self._clock = clock
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
         }
+        if self._clock is not None:
+            entry["virtual_s"] = round(self._clock(), 6)
         event = getattr(record, "event", None)
         if event is not None:
             entry["event"] = _snake_case(type(event).__name__)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbus.observe import events as o
-from fedbus.observe.logs import number, sentence
+from fedbus.observe.logs import Clock, hours, number, sentence
 
 _MAX_CLIENT_ROWS = 16
 _MAX_ROUND_ROWS = 12
@@ -52,9 +52,13 @@ class _RoundRow:
 
 
 class Board:
-    """What is known of a run, as a screenful; feed it events, render it at any time."""
+    """What is known of a run, as a screenful; feed it events, render it at any time.
 
-    def __init__(self) -> None:
+    With a `clock` it shows the time of a simulation.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock
         self.broker = ""
         self._run: o.RunStarted | None = None
         self._started_at = time.monotonic()
@@ -71,7 +75,8 @@ class Board:
 
     def announce(self, text: str, style: str = "bold") -> None:
         """Put a line of the caller's own among the news."""
-        self._news.append(Text(f"{time.strftime('%H:%M:%S')}  {text}", style=style))
+        at = time.strftime("%H:%M:%S") if self._clock is None else hours(self._clock())
+        self._news.append(Text(f"{at}  {text}", style=style))
 
     def observe(self, event: object) -> None:
         """Take in one event."""
@@ -172,7 +177,7 @@ class Board:
             Text("fedbus", style="bold"),
             ProgressBar(total=total, completed=closed, width=24) if total else Text(),
             Text(self._status(total), no_wrap=True),
-            Text(f"{time.monotonic() - self._started_at:.0f} s", style="dim"),
+            Text(self._elapsed(), style="dim"),
             Text(self.broker, style="dim", no_wrap=True, overflow="ellipsis"),
         )
         yield line
@@ -180,6 +185,10 @@ class Board:
             yield Text(self._trouble, style="bold red")
         if self._end is not None and not self._end.finished:
             yield Text(f"ended early: {self._end.reason}", style="red")
+
+    def _elapsed(self) -> str:
+        seconds = f"{time.monotonic() - self._started_at:.0f} s"
+        return seconds if self._clock is None else f"{hours(self._clock())} simulated in {seconds}"
 
     def _status(self, total: int) -> str:
         if self._end is not None:
@@ -221,8 +230,8 @@ class Board:
 class LiveProgress:
     """A `Board` that redraws itself on the terminal; a context manager."""
 
-    def __init__(self, console: Console) -> None:
-        self.board = Board()
+    def __init__(self, console: Console, clock: Clock | None = None) -> None:
+        self.board = Board(clock)
         self._live = Live(self.board, console=console, refresh_per_second=8)
 
     def __enter__(self) -> LiveProgress:
