@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,9 @@ _REDELIVERY_MOST_S = 30.0
 _RECONNECT_S = 10.0
 """The longest pause between two attempts to connect, of clients as of ourselves."""
 _TIDY_EVERY_S = 2.0
+"""Of real time, whatever clock the run has: it is about the disk's work."""
+_HISTORY_SHARE = 0.05
+"""Of the time: history.json is written as a whole, and a run of many short rounds would do little else."""
 _SMALL_BYTES = 4 << 20
 """Models up to here are folded and checked on the event loop, in a few milliseconds."""
 _NOTES_EVERY_S = 0.2
@@ -170,7 +174,7 @@ class Server:
             settings=self._settings,
         )
         self._last_commit: LastCommit | None = None
-        self._tidied_at = -math.inf
+        self._tidied_at = self._history_due_at = -math.inf
         self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
         self._events = _Events()
         self._replies: asyncio.Queue[tuple[str, m.InboxMessage]] = asyncio.Queue()  # to upload requests
@@ -916,8 +920,8 @@ class Server:
             self._let_go_of_memory()
             await self._publisher.find_end()  # while the clients fetch it
             await self._evaluate_centrally(command.round)
-        if now() - self._tidied_at > _TIDY_EVERY_S:
-            await self._tidy()
+        if time.monotonic() - self._tidied_at > _TIDY_EVERY_S:
+            await self._tidy(with_history=time.monotonic() > self._history_due_at)
 
     async def _make_durable(self, record: RoundRecord, folded: list[tuple[str, FoldedUpdate]]) -> None:
         """Checkpoint, then ledger: from then on the round is committed."""
@@ -1011,15 +1015,17 @@ class Server:
         if self._folder is not None:
             self._folder.release_pages()
 
-    async def _tidy(self) -> None:
+    async def _tidy(self, *, with_history: bool = True) -> None:
         """What may lag behind the ledger: history.json, model.safetensors, and the end of older checkpoints."""
-        self._tidied_at = now()
+        began_at = self._tidied_at = time.monotonic()
         if self._folder is None:
             return
 
         def tidy(folder: RunFolder) -> None:
             with _disk():
-                folder.save_history(self._history)
+                if with_history:
+                    folder.save_history(self._history)
+                    self._history_due_at = time.monotonic() + (time.monotonic() - began_at) / _HISTORY_SHARE
                 if self._durable_version is not None:
                     folder.settle_checkpoint(self._durable_version, keep=self._bases.keep)
 
