@@ -7,8 +7,10 @@ import dataclasses
 import math
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+import numpy as np
 
 from fedbus.app import App
 from fedbus.bus.memory import MemoryBroker
@@ -17,6 +19,7 @@ from fedbus.clock import now
 from fedbus.simulation.habits import Habits
 from fedbus.training.base import Client, ClientContext, NumPyClient
 from fedbus.types import Array, Tensors
+from fedbus.wire.transfer import Outgoing
 
 T = TypeVar("T")
 
@@ -58,10 +61,9 @@ class VirtualCaller(InlineCaller):
         """The result of `function(*args)`, or what it raised."""
         if what not in ("fit", "evaluate"):
             return await super().call(what, function, *args)
-        model = args[-2]  # of a fit and of an evaluation alike: ..., model, config
         task, self._tasks = self._tasks, self._tasks + 1
         self._is_interrupted = False
-        seconds = self._fetch_s(model)
+        seconds = self._fetch_s(_model_among(args))
         if what == "evaluate":
             await self._pass(seconds + self._habits.evaluate_s(task))
             return await super().call(what, function, *args)
@@ -118,9 +120,15 @@ def _resolve(future: asyncio.Future[T], value: T) -> None:
         future.set_result(value)
 
 
-def _nbytes(result: Any) -> int:
-    """What the runtime's fit returned: (outgoing, num_examples, metrics)."""
-    return int(result[0].nbytes)
+def _model_among(args: tuple[Any, ...]) -> Tensors:
+    """The model that a fit or an evaluation is given; its config holds no arrays."""
+    mappings = (arg for arg in args if isinstance(arg, Mapping))
+    return next(arg for arg in mappings if any(isinstance(value, np.ndarray) for value in arg.values()))
+
+
+def _nbytes(result: object) -> int:
+    """Payload bytes of the update that a fit of the runtime returned, among other things."""
+    return sum(part.nbytes for part in result if isinstance(part, Outgoing)) if isinstance(result, tuple) else 0
 
 
 class VirtualClient:
