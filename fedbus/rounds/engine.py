@@ -240,8 +240,6 @@ class Engine:
                 self._heard(event)
             case e.ClientLeft():
                 self._left(event)
-            case e.ClientLost():
-                self._gone(event)
             case e.ModelReady():
                 self._model_ready = self._has_model = True
                 if self._adopting is not None:
@@ -405,11 +403,6 @@ class Engine:
         member = self._members.get(event.client_id)
         if member is not None and member.session in ("", event.session):  # a word of its former life changes nothing
             self._lose(member, event.reason, left=True)
-
-    def _gone(self, event: e.ClientLost) -> None:
-        member = self._members.get(event.client_id)
-        if member is not None:
-            self._lose(member, event.reason, left=False)
 
     def _lose(self, member: Member, reason: str, *, left: bool) -> None:
         self._members.remove(member.client_id)

@@ -33,14 +33,6 @@ class ClientLeft:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientLost:
-    """The client is gone without a word: somebody knows it before its lease could tell."""
-
-    client_id: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelReady:
     """The initial model, version 0, can be fetched by clients."""
 
@@ -77,7 +69,7 @@ class TaskFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientUnreachable:
-    """The broker has no way to this client any more: its inbox is gone, or its connection for a while."""
+    """The client is gone without a word: its inbox is, or its connection for a while, or somebody knows it."""
 
     client_id: str
     reason: str
@@ -131,7 +123,6 @@ Event: TypeAlias = (
     ClientJoined
     | ClientHeard
     | ClientLeft
-    | ClientLost
     | ModelReady
     | UpdateReceived
     | UpdateInvalid
