@@ -140,6 +140,13 @@ class Bus(ABC):
         """
 
     @abstractmethod
+    async def listeners(self, queue: str) -> int:
+        """How many consumers the queue has, of all connections that the broker does not know to have ended.
+
+        Raises `QueueMissing`, and `BrokerUnreachable` when the broker cannot tell now: the queue's own node is away.
+        """
+
+    @abstractmethod
     async def closed(self) -> None:
         """Wait for the end of the connection, then raise `BrokerClosed`; returns only after `close`."""
 

@@ -327,6 +327,10 @@ class MemoryBus(Bus):
         finally:
             self._broker._release(self, name)
 
+    async def listeners(self, queue: str) -> int:
+        await self._turn()
+        return len(self._broker._queue(queue).consumers)
+
     def _end(self, reason: BrokerError | None) -> None:
         if self._ended.done():
             return

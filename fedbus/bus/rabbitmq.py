@@ -44,6 +44,8 @@ _MOST_UNSETTLED: Final = 65_535  # a quorum queue takes AMQP's "no bound" (0) fo
 # In a cluster: the queue is there, and another node (or this one, later) will serve it. RabbitMQ says so with the codes
 # of a queue that is missing or has other settings.
 _OF_THIS_NODE: Final = ("is down or inaccessible", "replica on the local node")
+# Any other 404 for a queue is about one that is there, and cannot be served now.
+_NO_SUCH_QUEUE: Final = "no queue '"
 _NEXT_URL: Final = re.compile(r"\s*,\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 _EXAMPLE: Final = "amqp://user:password@host:5672/vhost"
 
@@ -241,6 +243,8 @@ class RabbitMQBus(Bus):
         self._user = user
         self._lane: _Lane | None = None
         self._publish_lock = asyncio.Lock()
+        self._asking: AbstractChannel | None = None
+        self._asking_lock = asyncio.Lock()
         self._is_closing = False
 
     def __repr__(self) -> str:
@@ -332,6 +336,24 @@ class RabbitMQBus(Bus):
         finally:
             with contextlib.suppress(BrokerError):  # it ends with the connection at the latest
                 await self.delete_queue(name)
+
+    async def listeners(self, queue: str) -> int:
+        """Over a channel that is kept for it: asked often, and a queue that is missing closes only that one.
+
+        One question at a time, so that the error of one is not that of another.
+        """
+        doing = f"counting the consumers of {queue}"
+        async with self._asking_lock:
+            with _mapped(doing):
+                if self._asking is None or self._asking.is_closed:
+                    self._asking = await self._consuming.channel(publisher_confirms=False)
+                try:
+                    answer = await self._asking.queue_declare(queue, passive=True)
+                except amqp.ChannelNotFoundEntity as exc:
+                    if _NO_SUCH_QUEUE in _reason(exc):
+                        raise
+                    raise BrokerUnreachable(f"{doing}: the broker cannot tell now: {_reason(exc)}") from exc
+        return answer.consumer_count or 0
 
     @asynccontextmanager
     async def _channel(self, doing: str) -> AsyncIterator[AbstractChannel]:

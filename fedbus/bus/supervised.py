@@ -22,11 +22,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeVar
 
 from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
 from fedbus.bus.topology import Binding, Exchange, Queue, Topology
 from fedbus.errors import BrokerClosed, BrokerDenied, BrokerError, BrokerUnreachable, PublishUnconfirmed, QueueBusy
+
+T = TypeVar("T")
 
 _LOGGER = logging.getLogger("fedbus.bus")
 _BUSY_PAUSE_S = 0.2
@@ -259,6 +261,9 @@ class SupervisedBus(Bus):
             if self._link is not None:
                 await self._link.release(name)
 
+    async def listeners(self, queue: str) -> int:
+        return await self._carry_out(lambda bus: bus.listeners(queue))
+
     async def _hold(self, name: str) -> None:
         turn = next(self._turns)
         while True:
@@ -301,7 +306,7 @@ class SupervisedBus(Bus):
 
     # ---- the connection ------------------------------------------------------------------------------------------
 
-    async def _carry_out(self, operation: Callable[[Bus], Awaitable[None]]) -> None:
+    async def _carry_out(self, operation: Callable[[Bus], Awaitable[T]]) -> T:
         turn = next(self._turns)
         while True:
             link = await self._linked(turn)

@@ -11,7 +11,9 @@ from fedbus.bus.memory import MemoryBus
 from fedbus.bus.topology import Topology
 from fedbus.errors import BrokerClosed
 
-Kind: TypeAlias = Literal["declare", "delete_queue", "publish", "consume", "hold", "receive", "ack", "reject"]
+Kind: TypeAlias = Literal[
+    "declare", "delete_queue", "publish", "consume", "hold", "listeners", "receive", "ack", "reject"
+]
 When: TypeAlias = Literal["before", "after"]
 T = TypeVar("T")
 
@@ -118,6 +120,9 @@ class FailingBus(Bus):
             yield
         finally:
             await holding.__aexit__(None, None, None)
+
+    async def listeners(self, queue: str) -> int:
+        return await self._fault.apply("listeners", self._bus, lambda: self._bus.listeners(queue))
 
     async def closed(self) -> None:
         await self._bus.closed()

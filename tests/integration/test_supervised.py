@@ -11,7 +11,7 @@ from typing import Any
 
 import aiormq
 import pytest
-from aiormq.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
+from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed, DeliveryError, PublishError
 
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.node import PrivateNode
@@ -27,6 +27,7 @@ from fedbus.errors import (
     PublishUnconfirmed,
     QueueBusy,
     QueueMismatch,
+    QueueMissing,
 )
 from tests.faults.proxy import Proxy
 
@@ -271,6 +272,38 @@ async def test_a_connect_that_is_cancelled_leaves_no_task_behind(node: PrivateNo
 def test_a_node_that_cannot_serve_a_queue_now_is_no_error_of_the_queue(reason: str, error: type[BrokerError]) -> None:
     with pytest.raises(error), _mapped("consuming s"):
         raise ChannelPreconditionFailed(reason)
+
+
+class Refusing:
+    """A channel that closes with the same reason whenever a queue is asked about."""
+
+    is_closed = False
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    async def queue_declare(self, queue: str, *, passive: bool) -> None:
+        raise ChannelNotFoundEntity(self._reason)
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [
+        ("NOT_FOUND - no queue 'q' in vhost '/'", QueueMissing),
+        ("NOT_FOUND - home node 'b@h' of durable queue 'q' in vhost '/' is down or inaccessible", BrokerUnreachable),
+        ("NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor", BrokerUnreachable),
+    ],
+)
+async def test_a_queue_whose_node_is_away_is_not_missing_and_costs_no_connection(
+    node: PrivateNode, states: list[LinkState], reason: str, error: type[BrokerError]
+) -> None:
+    async with supervised(node.url, states) as bus:
+        link: Any = bus._link
+        link.bus._asking = Refusing(reason)
+        with pytest.raises(error):
+            await bus.listeners("q")
+    assert states == []
 
 
 @pytest.mark.broker

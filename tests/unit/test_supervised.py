@@ -189,6 +189,18 @@ async def test_an_outage_is_told_and_publishes_wait_it_out_in_their_order() -> N
             assert [(await take(consumer)).body[0] for _ in range(10)] == list(range(10))
 
 
+async def test_a_question_that_an_outage_interrupts_is_asked_again() -> None:
+    broker, states = MemoryBroker(), list[LinkState]()
+    async with supervised(broker, states) as bus, supervised(broker) as reader:
+        await bus.declare(topology())
+        async with reader.consume(Q, prefetch=1):
+            broker.stop()
+            async with started(bus.listeners(Q)) as asking:
+                broker.start()
+                assert await asking in (0, 1)  # the reader may be on its way
+                await until(lambda: [state.kind for state in states] == ["lost", "restored"])
+
+
 async def test_what_a_new_broker_has_never_seen_is_declared_again_but_not_what_was_deleted() -> None:
     brokers = [MemoryBroker(), MemoryBroker()]
 
