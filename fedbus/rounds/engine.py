@@ -196,6 +196,18 @@ class Engine:
         return tuple(sorted(member.client_id for member in self._members))
 
     @property
+    def at_work(self) -> dict[str, str]:
+        """The fit task that each living client owes; nobody owes any once the rounds are over."""
+        if self._phase in (Phase.DRAINING, Phase.ENDED):
+            return {}
+        return {member.client_id: member.fit_task for member in self._members if member.fit_task is not None}
+
+    @property
+    def heard_through(self) -> float:
+        """Whatever clients had said by then has been taken in."""
+        return self._members.heard_through
+
+    @property
     def records(self) -> ClientRecords:
         """What each client has done so far."""
         return self._records
@@ -349,7 +361,9 @@ class Engine:
     def _unreachable(self, event: e.ClientUnreachable) -> None:
         member = self._members.get(event.client_id)
         if member is not None:
-            self._lose(member, event.reason, left=False)
+            seen_at = member.heard_at if event.seen_at is None else max(member.heard_at, event.seen_at)
+            noticed_s = max(0.0, self._now - seen_at)
+            self._lose(member, f"{event.reason} (noticed {noticed_s:.1f} s after its last sign of life)", left=False)
 
     def _restarted(self, member: Member) -> None:
         """A new process of a known client: what the old one worked on is gone, and is given again while it counts."""

@@ -69,10 +69,14 @@ class TaskFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientUnreachable:
-    """The client is gone without a word: its inbox is, or its connection for a while, or somebody knows it."""
+    """The client is gone without a word: its inbox is, or its connection for a while, or somebody knows it.
+
+    `seen_at`: when it was there the last time, None while that is not known.
+    """
 
     client_id: str
     reason: str
+    seen_at: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

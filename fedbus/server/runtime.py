@@ -61,6 +61,7 @@ from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord, plain
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Fenced, LastCommit, Ledger
+from fedbus.server.presence import Presence
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.slots import eager_share
 from fedbus.server.staging import StagedUpdate, check_finite
@@ -139,6 +140,8 @@ class Server:
         run_dir: where the ledger, the checkpoints, history.json and model.safetensors go; None keeps nothing.
         resume: go on with the run in `run_dir` where its last server had to stop; begin one when there is none.
         observers: called with each event of `fedbus.observe.events`.
+        look_every_s: seconds between two looks whether a client at work is still connected; one that is not for three
+            times as long is lost. With a huge value its lease alone tells.
         stalled_after_s: seconds of silence after which an upload is asked for again, or given up if its sender is gone.
         run_id: the name of a new run; None makes one up.
         caller: runs the app's own code; None: a thread does.
@@ -153,6 +156,7 @@ class Server:
         run_dir: Path | None = None,
         resume: bool = False,
         observers: Sequence[o.Observe] = (),
+        look_every_s: float = 1.0,
         stalled_after_s: float = 60.0,
         run_id: str | None = None,
         caller: Caller | None = None,
@@ -166,6 +170,7 @@ class Server:
         self._ledger = Ledger(None)
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
+        self._look_every_s = look_every_s
         self._stalled_after_s = stalled_after_s
         self._settings = _settings(app) | dict(settings or {})
         self._history = History(
@@ -188,6 +193,7 @@ class Server:
         self._stopping = asyncio.Event()
         self._in_question = asyncio.Event()
         self._in_doubt = asyncio.Event()
+        self._echo_due = asyncio.Event()
         self._members_changed = asyncio.Event()
         self._started_at = 0.0
         self._model: dict[str, Array] | None = None
@@ -205,6 +211,7 @@ class Server:
         self._closed_by: float | None = None  # when the last part of the update came that closed the round
         self._intake: UpdateIntake | None = None
         self._engine: Engine | None = None
+        self._presence: Presence | None = None
 
     @property
     def history(self) -> History:
@@ -228,9 +235,13 @@ class Server:
     def connection_lost(self) -> None:
         """Say that the connection is gone: a server that was held up for long may have been replaced meanwhile."""
         self._in_question.set()
+        if self._presence is not None:
+            self._presence.disturbed()
 
     def connection_restored(self) -> None:
         """Say, after a loss of the connection, that there is one again: what was under way may come again, or never."""
+        if self._presence is not None:
+            self._presence.disturbed()
         if self._intake is not None:
             self._intake.disturbed()
             self._events.put(e.Reconnected(grace_s=_RECONNECT_S))
@@ -289,7 +300,15 @@ class Server:
                 grant=self._grant,
                 stalled_after_s=self._stalled_after_s,
             )
-            await self._work(engine, self._intake, control)
+            self._presence = Presence(
+                self._bus,
+                engine,
+                put=self._events.put,
+                ask_for_echo=self._echo_due.set,
+                every_s=self._look_every_s,
+                grace_s=2 * _RECONNECT_S,  # a broker that starts may turn the first attempt down
+            )
+            await self._work(engine, self._intake, self._presence, control)
 
     async def _declare(self) -> None:
         update_queue, message_queues = self._app.update_queue, self._app.message_queues
@@ -386,7 +405,7 @@ class Server:
             return False
         return records[-1].version > (records[-2].version if len(records) > 1 else 0)
 
-    async def _work(self, engine: Engine, intake: UpdateIntake, control: Consumer) -> None:
+    async def _work(self, engine: Engine, intake: UpdateIntake, presence: Presence, control: Consumer) -> None:
         async with asyncio.TaskGroup() as group:
             work: list[Coroutine[Any, Any, None]] = [
                 self._bus.closed(),
@@ -402,8 +421,11 @@ class Server:
                 self._clear_doubts(intake),
                 self._keep_notes(),
                 intake.look_after_stalled(),
+                presence.watch(),
             ]
             tasks = [group.create_task(coroutine) for coroutine in work]
+            if self._last_commit is not None:
+                presence.disturbed()  # whatever ended our predecessor may have cut the clients off, too
             if self._last_commit is not None and self._last_commit.version is not None:
                 await self._go_on(intake)
             elif self._model is not None:
@@ -495,11 +517,17 @@ class Server:
         return m.Receipt(task_id=task_id, run_id=self._run_id, round=round_, staleness=staleness)
 
     async def _listen_to_ourselves(self) -> None:
-        """Prove, now and then, that what clients say is heard: silence while it is not proves nothing."""
+        """Prove, now and then and when it is asked for, that what clients say is heard.
+
+        Silence while it is not proves nothing.
+        """
         lease_s = self._app.rounds.lease_s
         self._events.put(e.EchoHeard(sent_at=now()))
         while True:
-            await asyncio.sleep(max(0.05, lease_s / 8))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.05, lease_s / 8)):
+                    await self._echo_due.wait()
+            self._echo_due.clear()
             echo = m.Echo(run_id=self._run_id, epoch=self._epoch, sent_at=now())
             with contextlib.suppress(PublishUnconfirmed):
                 await self._bus.publish(CONTROL, "", encode(echo), expires_s=lease_s)

@@ -11,7 +11,7 @@ from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
 from fedbus.rounds.clients import ClientRecord
 from fedbus.rounds.commands import CloseReason, Outcome
-from fedbus.rounds.engine import Engine
+from fedbus.rounds.engine import Engine, Phase
 from fedbus.rounds.restored import Restored, RestoredTask
 from tests.unit.test_engine import Story, all_of, one, settled, tasked
 
@@ -281,8 +281,44 @@ def test_a_client_whose_inbox_is_gone_is_lost_and_replaced() -> None:
     tasks = all_of(story.join("a", "b", "c"), c.SendFitTask)
     said = story.happens(e.ClientUnreachable(client_id=tasks[0].client_id, reason="its inbox is gone"))
     lost = one(said, c.MemberLost)
-    assert (lost.client_id, lost.left, lost.reason) == (tasks[0].client_id, False, "its inbox is gone")
+    assert (lost.client_id, lost.left) == (tasks[0].client_id, False)
+    assert lost.reason == "its inbox is gone (noticed 0.0 s after its last sign of life)"
     assert len(tasked(said)) == 1
+
+
+@pytest.mark.parametrize(
+    ("heard_at", "seen_at", "noticed"), [(2.0, None, "8.0"), (2.0, 6.5, "3.5"), (8.0, 6.5, "2.0"), (12.0, 6.5, "0.0")]
+)
+def test_it_is_told_how_long_it_took_to_notice_that_a_client_is_gone(
+    heard_at: float, seen_at: float | None, noticed: str
+) -> None:
+    story = Story(min_fit_clients=2)
+    story.join("a", "b")
+    story.wait(min(heard_at, 10.0))
+    story.beat("b")
+    if heard_at > 10.0:  # the word of grace after an outage of ours
+        story.happens(e.Reconnected(grace_s=heard_at - 10.0))
+    story.wait(10.0 - story.now)
+    said = story.happens(e.ClientUnreachable(client_id="b", reason="its connection is gone", seen_at=seen_at))
+    expected = f"its connection is gone (noticed {noticed} s after its last sign of life)"
+    assert one(said, c.MemberLost).reason == expected
+
+
+def test_whoever_owes_a_fit_task_is_at_work_until_the_rounds_are_over() -> None:
+    story = Story(num_rounds=2, min_fit_clients=1)
+    assert story.engine.at_work == {}
+    story.join("a", "b")
+    assert story.engine.at_work == {"a": "run/fit/1/a", "b": "run/fit/1/b"}
+    story.update("a", 1)
+    assert story.engine.at_work == {"b": "run/fit/1/b"}
+    story.commit()
+    assert story.engine.at_work == {"a": "run/fit/2/a", "b": "run/fit/1/b"}  # a straggler owes the old one
+    story.happens(e.ClientLeft(client_id="a", session="a", reason="bye"))
+    assert story.engine.at_work == {"b": "run/fit/1/b"}
+    story.join("c")
+    story.update("c", 2)
+    story.commit()
+    assert (story.engine.phase, story.engine.at_work) == (Phase.ENDED, {})
 
 
 def test_whoever_was_lost_in_the_round_and_is_back_takes_its_place_again() -> None:
