@@ -3,8 +3,8 @@
 A client reads its inbox for as long as it is there, so an inbox that nobody reads is that of a client that was killed
 or cut off. One that is there and hangs is its lease's affair: a look that finds it is no sign of life.
 
-Nobody is blamed for what is the broker's fault, or ours. A client may take a moment to connect again. Whenever the
-connection is lost, or an answer takes so long that the broker or we must have been held up, all that was seen is
+Nobody is blamed for what is the broker's fault, or ours. A client may take a moment to connect again. Whenever our
+connection was lost, or an answer takes so long that the broker or we must have been held up, all that was seen is
 forgotten, and clients have time to come back before anybody is looked at. And as with leases, a word to ourselves must
 have come back the way that the clients' words come, said after the client was seen to be gone.
 """
@@ -151,5 +151,4 @@ class Presence:
 
     def _blame(self, client_id: str, watch: _Watch, reason: str) -> None:
         del self._watches[client_id]
-        if self._engine.at_work.get(client_id) == watch.task_id:
-            self._put(e.ClientUnreachable(client_id=client_id, reason=reason, seen_at=watch.seen_at))
+        self._put(e.ClientUnreachable(client_id=client_id, reason=reason, seen_at=watch.seen_at))

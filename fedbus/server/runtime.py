@@ -235,8 +235,6 @@ class Server:
     def connection_lost(self) -> None:
         """Say that the connection is gone: a server that was held up for long may have been replaced meanwhile."""
         self._in_question.set()
-        if self._presence is not None:
-            self._presence.disturbed()
 
     def connection_restored(self) -> None:
         """Say, after a loss of the connection, that there is one again: what was under way may come again, or never."""

@@ -5,8 +5,10 @@ Each run must end with the model of a run without faults, byte for byte. Longer 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -84,6 +86,39 @@ def test_the_update_of_a_client_that_is_gone_for_good_survives_the_server(tmp_pa
         fleet.until(lambda: not fleet.is_alive(SERVER), "the end of the run")
         assert fleet.processes[SERVER].returncode == 0, fleet.last_words()
         assert fleet.verdict(expected_sha(settings)).problems == ()
+
+
+# ---- dead, and needed ------------------------------------------------------------------------------------------------
+
+
+def test_a_client_killed_while_it_trains_is_replaced_before_its_round_times_out(
+    tmp_path: Path, node: PrivateNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(SMALL, needed=2, rounds=1, fit_s=4.0, heartbeat_s=5.0, lease_s=20.0, timeout_s=60.0)
+    with Fleet(tmp_path, settings, node.url) as fleet:
+        fleet.start()
+        dies, stays = fleet.until_event(SERVER, "round_opened")["cohort"]
+        fleet.until_event(dies, "task_started", kind="fit")
+        fleet.kill(dies)
+        killed_at = time.monotonic()
+        lost = fleet.until_event(SERVER, "member_lost", client_id=dies)
+        noticed_s = time.monotonic() - killed_at
+        closed = fleet.until_event(SERVER, "round_closed")
+        closed_s = time.monotonic() - killed_at
+        fleet.until(lambda: not fleet.is_alive(SERVER), "the end of the run")
+        assert fleet.processes[SERVER].returncode == 0, fleet.last_words()
+    (spare,) = set(settings.client_ids) - {dies, stays}
+    history = json.loads((fleet.run_dir / "history.json").read_text())
+    (record,) = history["rounds"]
+    assert (closed["reason"], closed["folded"]) == ("min_fit_clients", 2)
+    assert sorted(update["client_id"] for update in record["folded"]) == sorted((stays, spare))
+    assert history["clients_lost"] == [dies]
+    assert "its connection is gone" in lost["reason"]  # not its lease
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{noticed_s:.1f} s from the kill to the notice ({lost['reason']}), {closed_s:.1f} s to the end of the "
+            f"round, {settings.fit_s:.0f} s of them its replacement's fit\n"
+        )
 
 
 # ---- stopped, not dead -----------------------------------------------------------------------------------------------

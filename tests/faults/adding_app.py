@@ -29,7 +29,8 @@ class Settings:
     """What the processes of one run agree on, through their environment.
 
     Args:
-        clients: c1 .. cN; each is needed in every round.
+        clients: c1 .. cN; all must be there before round 1.
+        needed: as many of them are asked in a round, and needed; 0: all.
         rounds: rounds of the run.
         model_bytes: size of the model's large tensor.
         fit_s: seconds that a fit takes.
@@ -42,6 +43,7 @@ class Settings:
     """
 
     clients: int = 8
+    needed: int = 0
     rounds: int = 50
     model_bytes: int = 4096
     fit_s: float = 0.05
@@ -138,7 +140,9 @@ def make_app(settings: Settings) -> fb.App:
         message_queues="quorum" if settings.message_queues == "quorum" else "classic",
         rounds=fb.RoundConfig(
             num_rounds=settings.rounds,
-            min_fit_clients=settings.clients,
+            min_fit_clients=settings.needed or settings.clients,
+            min_available_clients=settings.clients,
+            over_selection=1.0 if settings.needed else None,
             fraction_evaluate=0,
             heartbeat_s=settings.heartbeat_s,
             lease_s=settings.lease_s,

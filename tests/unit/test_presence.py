@@ -143,10 +143,10 @@ async def test_nobody_is_told_to_be_unreachable_before_a_word_to_ourselves_came_
 
 
 async def test_a_word_to_ourselves_that_takes_too_long_makes_it_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HELD_UP_S", 0.2)
     bus = Answering(itertools.repeat(0))
     async with watching(bus, "c1", echoes=False) as watch:
         await bus.until_asked(4)
-        monkeypatch.setattr(module, "_HELD_UP_S", 0.0)  # from here on it has been too long
         await until(lambda: not watch.presence._watches)
         watch.story.happens(e.EchoHeard(sent_at=now()))
         await nothing_more(bus, watch)
