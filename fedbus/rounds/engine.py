@@ -87,6 +87,7 @@ class _Round:
     folded: list[c.Folded] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # client_id -> reason
+    may_return: dict[str, float] = field(default_factory=dict)  # those without a connection -> end of their lease
     is_in_grace: bool = False
     recheck_at: float = math.inf  # when somebody who is busy now may be asked after all
 
@@ -294,7 +295,7 @@ class Engine:
             return None
         times = [self._members.next_expiry()]
         if self._round is not None and self._phase is Phase.OPEN:
-            times += [self._round.closes_at, self._round.recheck_at]
+            times += [self._round.closes_at, self._round.recheck_at, *self._returns(self._round)]
         times += [evaluation.closes_at for evaluation in self._evaluations.values()]
         if self._parameters_task is not None:
             times.append(self._parameters_due_at)
@@ -363,6 +364,8 @@ class Engine:
         if member is not None:
             seen_at = member.heard_at if event.seen_at is None else max(member.heard_at, event.seen_at)
             noticed_s = max(0.0, self._now - seen_at)
+            if self._round is not None:
+                self._round.may_return[event.client_id] = member.heard_at + self._config.lease_s
             self._lose(member, f"{event.reason} (noticed {noticed_s:.1f} s after its last sign of life)", left=False)
 
     def _restarted(self, member: Member) -> None:
@@ -832,9 +835,17 @@ class Engine:
             self._close(round_, CloseReason.MIN_FIT_CLIENTS if self._is_enough(round_) else CloseReason.TIMEOUT)
 
     def _awaits_stragglers(self, round_: _Round) -> bool:
-        """A living client that still trains for an earlier round will bring its update, and take a free place."""
+        """Somebody will bring an update, and take a free place.
+
+        A living client that still trains for an earlier round; or one that lost its connection and may be back before
+        its lease ends: its place is given to another at once, but if there is no other the round waits for it.
+        """
         has_room = self._config.is_asynchronous or self._places(round_) > 0
-        return has_room and any(self._is_busy(member) for member in self._members)
+        return has_room and (bool(self._returns(round_)) or any(self._is_busy(member) for member in self._members))
+
+    def _returns(self, round_: _Round) -> list[float]:
+        """Until when those of the cohort who lost their connection may still be back."""
+        return [end for client, end in round_.may_return.items() if client in round_.lost and self._now < end]
 
     def _close(self, round_: _Round, reason: CloseReason) -> None:
         self._phase = Phase.CLOSING

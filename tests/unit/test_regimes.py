@@ -304,6 +304,41 @@ def test_it_is_told_how_long_it_took_to_notice_that_a_client_is_gone(
     assert one(said, c.MemberLost).reason == expected
 
 
+def without_connection(story: Story, client_id: str) -> list[c.Command]:
+    return story.happens(e.ClientUnreachable(client_id=client_id, reason="its connection is gone"))
+
+
+def test_a_round_that_has_no_other_waits_for_whoever_lost_its_connection_until_its_lease_ends() -> None:
+    story = Story(min_fit_clients=2, lease_s=20.0)
+    story.join("a", "b")
+    story.wait(5)
+    story.beat("a", "b")
+    story.wait(4)
+    assert not all_of(without_connection(story, "b"), c.Commit)
+    assert not all_of(story.update("a", 1), c.Commit)
+    story.beat("a")
+    assert story.engine.next_deadline() == 25.0
+    assert one(story.wait(16), c.Commit).reason is CloseReason.COHORT_DONE
+
+
+def test_whoever_lost_its_connection_and_is_back_is_waited_for_as_any_other() -> None:
+    story = Story(min_fit_clients=3, min_available_clients=2, lease_s=20.0)
+    story.join("a", "b")
+    without_connection(story, "b")
+    story.join("b")
+    story.update("a", 1)
+    said = story.happens(e.TaskFailed(client_id="b", task_id="run/fit/1/b", reason="boom"))
+    assert one(said, c.Commit).reason is CloseReason.COHORT_DONE
+
+
+def test_a_round_with_another_in_its_place_does_not_wait_for_whoever_lost_its_connection() -> None:
+    story = Story(min_fit_clients=2, min_available_clients=3, over_selection=1.0)
+    first = [task.client_id for task in all_of(story.join("a", "b", "c"), c.SendFitTask)]
+    (other,) = tasked(without_connection(story, first[0]))
+    story.update(first[1], 1)
+    assert one(story.update(other, 1), c.Commit).reason is CloseReason.MIN_FIT_CLIENTS
+
+
 def test_whoever_owes_a_fit_task_is_at_work_until_the_rounds_are_over() -> None:
     story = Story(num_rounds=2, min_fit_clients=1)
     assert story.engine.at_work == {}
