@@ -409,6 +409,7 @@ async def test_the_twin_counts_nobody_whose_connection_ended() -> None:
 
 async def test_counting_what_is_not_there_is_an_error_that_harms_nothing_else(bus: Bus, queue: str) -> None:
     async with bus.consume(queue, prefetch=1) as consumer:
+        assert await bus.listeners(queue) == 1
         counts = await asyncio.gather(
             *(bus.listeners(name) for name in (queue, "test.no.such.queue") * 3), return_exceptions=True
         )
