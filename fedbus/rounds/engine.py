@@ -264,6 +264,10 @@ class Engine:
                 self._invalid(event)
             case e.TaskFailed():
                 self._failed(event)
+            case e.ClientLost():
+                member = self._members.get(event.client_id)
+                if member is not None:
+                    self._lose(member, event.reason, left=False)
             case e.ClientUnreachable():
                 self._unreachable(event)
             case e.EvaluateReported():

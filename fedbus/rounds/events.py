@@ -68,8 +68,16 @@ class TaskFailed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientLost:
+    """The client is gone without a word, and its lease is over: a simulation knows it without heartbeats."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientUnreachable:
-    """The client is gone without a word: its inbox is, or its connection for a while, or somebody knows it.
+    """The broker has no way to this client any more: its inbox is gone, or its connection for a while.
 
     `seen_at`: when it was there the last time, None while that is not known.
     """
@@ -131,6 +139,7 @@ Event: TypeAlias = (
     | UpdateReceived
     | UpdateInvalid
     | TaskFailed
+    | ClientLost
     | ClientUnreachable
     | EvaluateReported
     | RoundCommitted

@@ -230,7 +230,7 @@ class Server:
 
     def client_lost(self, client_id: str, reason: str) -> None:
         """Say that this client is gone without a word: a simulation knows, and has no heartbeats to tell it by."""
-        self._events.put(e.ClientUnreachable(client_id=client_id, reason=reason))
+        self._events.put(e.ClientLost(client_id=client_id, reason=reason))
 
     def connection_lost(self) -> None:
         """Say that the connection is gone: a server that was held up for long may have been replaced meanwhile."""

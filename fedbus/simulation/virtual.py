@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,6 +139,7 @@ class _Simulation:
             run_dir=self._run_dir,
             observers=self._observers,
             stalled_after_s=_NEVER_S,
+            look_every_s=math.inf,
             run_id=f"virtual-{self._virtual.seed}",
             caller=InlineCaller(),
             settings={

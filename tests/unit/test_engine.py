@@ -297,7 +297,7 @@ def test_a_lost_clients_place_is_taken_by_another() -> None:
 def test_a_client_known_to_be_gone_is_lost_before_its_lease_ends_and_not_taken_for_one_that_left() -> None:
     story = Story(fraction_fit=0.5, min_available_clients=4)
     first = tasked(story.join(*"abcd"))
-    gone = e.ClientUnreachable(client_id=min(first), reason="silent for 20.0 s")
+    gone = e.ClientLost(client_id=min(first), reason="silent for 20.0 s")
     said = story.happens(gone)
     lost = one(said, c.MemberLost)
     assert (lost.client_id, lost.left, lost.reason) == (min(first), False, "silent for 20.0 s")
