@@ -66,7 +66,6 @@ class _Task:
     client_id: str
     round: int
     version: int
-    due_at: float  # after that its client may be given another one
     sent_at: float | None = None  # None when another server sent it
     repeat: int = 0
     state: TaskState = TaskState.WORKING
@@ -85,7 +84,7 @@ class _Round:
     draws: int = 0
     working: set[str] = field(default_factory=set)  # those of the cohort that are neither done nor gone
     folded: list[c.Folded] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
+    lost: dict[str, None] = field(default_factory=dict)  # in the order in which they went
     failed: dict[str, str] = field(default_factory=dict)  # client_id -> reason
     may_return: dict[str, float] = field(default_factory=dict)  # those without a connection -> end of their lease
     is_in_grace: bool = False
@@ -171,7 +170,6 @@ class Engine:
                 client_id=task.client_id,
                 round=task.round,
                 version=task.version,
-                due_at=self._now + self._config.timeout_s,
                 state=_RESTORED_STATES[task.state],
                 folded_in=task.folded_in,
             )
@@ -179,7 +177,9 @@ class Engine:
         newest = {task.client_id: task for task in sorted(restored.tasks, key=lambda task: task.round)}
         working = {client_id: task.task_id for client_id, task in newest.items() if task.state == "working"}
         for client_id in (*restored.clients, *(task.client_id for task in self._restored_cohort)):
-            self._members.presume(client_id, self._now).fit_task = working.get(client_id)
+            member = self._members.presume(client_id, self._now)
+            if client_id in working:
+                self._give(member, working[client_id])
 
     def __repr__(self) -> str:
         return (
@@ -358,8 +358,9 @@ class Engine:
         task = self._tasks.get(task_id)
         if task is None or task.state is not TaskState.LOST or member.client_id not in self._round.lost:
             return
-        task.state, member.fit_task = TaskState.WORKING, task_id
-        self._round.lost.remove(member.client_id)
+        task.state = TaskState.WORKING
+        self._give(member, task_id)
+        self._round.lost.pop(member.client_id)
         self._round.working.add(member.client_id)
         self._out.append(self._send(self._round, member.client_id, task_id))
 
@@ -377,7 +378,7 @@ class Engine:
         task = self._tasks.get(member.fit_task or "")
         round_ = self._round
         if task is None or member.fit_task is None or task.state is not TaskState.WORKING:
-            member.fit_task = None
+            self._members.free(member)
         elif round_ is not None and self._phase is Phase.OPEN and self._is_of_cohort(round_, member):
             self._out.append(self._send(round_, member.client_id, member.fit_task))
         else:
@@ -386,7 +387,7 @@ class Engine:
     def _give_up_task(self, member: Member) -> None:
         """Its client does not work on this task of an earlier round; should an update come all the same, it counts."""
         task = self._tasks.get(member.fit_task or "")
-        member.fit_task = None
+        self._members.free(member)
         if task is not None and task.state is TaskState.WORKING:
             task.state = TaskState.LOST
         if self._phase is Phase.OPEN:
@@ -451,7 +452,7 @@ class Engine:
         if self._round is None or self._phase is not Phase.OPEN:
             return
         if self._is_of_cohort(self._round, member):
-            self._round.lost.append(member.client_id)
+            self._round.lost[member.client_id] = None
             self._round.working.discard(member.client_id)
         self._grow_cohort()
 
@@ -535,7 +536,7 @@ class Engine:
                 round_.working.add(task.client_id)
             elif task.state == "failed":
                 round_.failed[task.client_id] = task.reason
-        round_.lost += [client_id for client_id in round_.cohort if client_id not in self._members]
+        round_.lost.update((client_id, None) for client_id in round_.cohort if client_id not in self._members)
         round_.working.difference_update(round_.lost)
         return self._new_tasks(round_)
 
@@ -565,15 +566,14 @@ class Engine:
         if self._config.is_asynchronous:
             round_.draws += bool(chosen)
         if len(chosen) < places:
-            due = (self._tasks[m.fit_task].due_at for m in self._members if m.fit_task and self._is_busy(m))
-            round_.recheck_at = min((due_at for due_at in due if due_at > self._now), default=math.inf)
+            round_.recheck_at = self._members.next_due(self._now)
         return [self._new_task(round_, client_id) for client_id in chosen]
 
     def _places(self, round_: _Round) -> int:
         """How many more clients the round would take."""
         size = self._config.cohort_size(len(self._members))
         if self._config.is_asynchronous:
-            return size - sum(self._is_busy(member) for member in self._members)
+            return size - self._members.num_busy(self._now)
         return size - (len(round_.cohort) - len(round_.lost) - len(round_.failed))
 
     def _eligible(self, round_: _Round) -> list[str]:
@@ -582,32 +582,23 @@ class Engine:
         They have not been asked in this round; in asynchronous rounds, they have not failed in it.
         """
         out = round_.failed if self._config.is_asynchronous else round_.cohort
-        return [m.client_id for m in self._members if m.client_id not in out and not self._is_busy(m)]
+        return [member.client_id for member in self._members.idle(self._now) if member.client_id not in out]
 
-    def _is_busy(self, member: Member, *, through: float = math.inf) -> bool:
-        """Whether it works on a task of round `through` or before, and still has time for it, or says that it does.
-
-        One beyond its time that does not say so is asked again, for it may have lost its task altogether.
-        """
-        task = self._tasks.get(member.fit_task or "")
-        if task is None or task.round > through:
-            return False
-        return self._now < task.due_at or member.at_work_on == member.fit_task
+    def _give(self, member: Member, task_id: str) -> None:
+        self._members.give(member, task_id, self._now + self._config.timeout_s)
 
     def _new_task(self, round_: _Round, client_id: str) -> c.SendFitTask:
         repeat = round_.asked.get(client_id, 0)
         task_id = self._task_id("fit", round_.number, client_id) + (f"/{repeat}" if repeat else "")
-        due_at = self._now + self._config.timeout_s
-        self._tasks[task_id] = _Task(client_id, round_.number, round_.version, due_at, self._now, repeat)
+        self._tasks[task_id] = _Task(client_id, round_.number, round_.version, self._now, repeat)
         self._record(client_id).note_asked(round_.number)
         round_.asked[client_id] = repeat + 1
         round_.cohort[client_id] = task_id
         round_.working.add(client_id)
-        if client_id in round_.lost:
-            round_.lost.remove(client_id)
+        round_.lost.pop(client_id, None)
         member = self._members.get(client_id)
         assert member is not None
-        member.fit_task = task_id
+        self._give(member, task_id)
         return self._send(round_, client_id, task_id)
 
     def _send(self, round_: _Round, client_id: str, task_id: str) -> c.SendFitTask:
@@ -704,8 +695,8 @@ class Engine:
             self._record(event.client_id).note_folded(
                 staleness=staleness, seconds=seconds, nbytes=event.nbytes, utility=event.utility
             )
-            if self._round.cohort.get(event.client_id) == event.task_id and event.client_id in self._round.lost:
-                self._round.lost.remove(event.client_id)  # it went, but its update had been on its way
+            if self._round.cohort.get(event.client_id) == event.task_id:
+                self._round.lost.pop(event.client_id, None)  # it went, but its update had been on its way
             self._round.folded.append(
                 c.Folded(
                     client_id=event.client_id,
@@ -767,7 +758,7 @@ class Engine:
     def _idle(self, event: e.UpdateReceived | e.UpdateInvalid | e.TaskFailed) -> None:
         member = self._members.get(event.client_id)
         if member is not None and member.fit_task == event.task_id:
-            member.fit_task = None
+            self._members.free(member)
 
     # ---- tasks that fail -----------------------------------------------------------------------------------------
 
@@ -799,17 +790,15 @@ class Engine:
             self._stop = f"no client could give the initial model: {reason}"
 
     def _fail(self, task_id: str, task: _Task, reason: str) -> None:
-        was_lost = task.state is TaskState.LOST
         task.state = TaskState.FAILED
         self._record(task.client_id).failed += 1
         member = self._members.get(task.client_id)
         if member is not None and member.fit_task == task_id:
-            member.fit_task = None
+            self._members.free(member)
         if self._round is None or self._phase is not Phase.OPEN:
             return
         if self._round.cohort.get(task.client_id) == task_id:
-            if was_lost and task.client_id in self._round.lost:
-                self._round.lost.remove(task.client_id)
+            self._round.lost.pop(task.client_id, None)
             self._round.working.discard(task.client_id)
             self._round.failed[task.client_id] = reason
         self._grow_cohort()
@@ -845,7 +834,7 @@ class Engine:
         its lease ends: its place is given to another at once, but if there is no other the round waits for it.
         """
         has_room = self._config.is_asynchronous or self._places(round_) > 0
-        return has_room and (bool(self._returns(round_)) or any(self._is_busy(member) for member in self._members))
+        return has_room and (bool(self._returns(round_)) or self._members.num_busy(self._now) > 0)
 
     def _returns(self, round_: _Round) -> list[float]:
         """Until when those of the cohort who lost their connection may still be back."""
@@ -933,7 +922,7 @@ class Engine:
 
     def _open_evaluation(self, round_: int) -> None:
         """Clients that still train for an earlier round are not asked: they would hold the result up."""
-        idle = [member.client_id for member in self._members if not self._is_busy(member, through=round_)]
+        idle = [member.client_id for member in self._members if not self._holds_up(member, round_)]
         size = math.ceil(self._config.fraction_evaluate * len(self._members) - 1e-9)
         chosen = sample(self._seed, round_, "evaluate", idle, size)
         if not chosen:
@@ -943,6 +932,11 @@ class Engine:
         evaluation = _Evaluation(round_, self._version, self._now + timeout_s, outstanding)
         self._evaluations[round_] = evaluation
         self._follow_up += self._evaluate_tasks(evaluation, outstanding)
+
+    def _holds_up(self, member: Member, round_: int) -> bool:
+        """Whether it still works on a task of this round, or of one before."""
+        task = self._tasks.get(member.fit_task or "")
+        return task is not None and task.round <= round_ and member.is_busy(self._now)
 
     def _evaluate_tasks(self, evaluation: _Evaluation, asked: Mapping[str, str]) -> list[c.SendEvaluateTask]:
         return [

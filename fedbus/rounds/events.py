@@ -69,7 +69,7 @@ class TaskFailed:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientLost:
-    """The client is gone without a word, and its lease is over: a simulation knows it without heartbeats."""
+    """The client is gone without a word, and not for a moment: its inbox is gone, or its lease is known to be over."""
 
     client_id: str
     reason: str
@@ -77,7 +77,7 @@ class ClientLost:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientUnreachable:
-    """The broker has no way to this client any more: its inbox is gone, or its connection for a while.
+    """The connection of this client has been gone for a while; it may be back before its lease ends.
 
     `seen_at`: when it was there the last time, None while that is not known.
     """

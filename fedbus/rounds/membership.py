@@ -1,4 +1,4 @@
-"""Who is in: leases, renewed by every sign of life."""
+"""Who is in, and who is at work: leases, renewed by every sign of life, and fit tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Member:
     """A client that was heard of within its lease; `session` is empty until it was heard of at all."""
 
@@ -17,18 +17,33 @@ class Member:
     heard_at: float
     fit_task: str | None = None
     """The fit task that it was given and has not answered."""
+    due_at: float = math.inf
+    """Until when it has time for it."""
     at_work_on: str = ""
     """The fit task that it said it has in hand."""
     is_in_doubt: bool = False
     """Whether `fit_task` may never have reached it; its next sign of life tells."""
 
+    def is_busy(self, now: float) -> bool:
+        """Whether it works on a task and still has time for it, or says that it does.
+
+        One beyond its time that does not say so may have lost its task altogether.
+        """
+        return self.fit_task is not None and (now < self.due_at or self.at_work_on == self.fit_task)
+
 
 class Membership:
-    """The living clients, the longest silent one first."""
+    """The living clients, the longest silent one first.
+
+    Who is idle is known without a look at everybody: with a thousand clients that would be most of the engine's work.
+    """
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s
         self._members: OrderedDict[str, Member] = OrderedDict()
+        self._idle: dict[str, Member] = {}
+        self._busy: OrderedDict[str, Member] = OrderedDict()  # whose time ends first comes first
+        self._overdue: dict[str, Member] = {}
         self.heard_through = math.inf
         """The time up to which everything that clients said has been heard: silence after it proves nothing."""
 
@@ -48,7 +63,7 @@ class Membership:
         """Note a sign of life; True when the client was not a member before."""
         member = self._members.get(client_id)
         if member is None:
-            self._members[client_id] = Member(client_id, session, now)
+            self._add(Member(client_id, session, now))
             return True
         member.session = session
         member.heard_at = max(member.heard_at, now)
@@ -58,8 +73,11 @@ class Membership:
     def presume(self, client_id: str, now: float) -> Member:
         """Take somebody for a member who was one before we were; its session is not known, so it is empty."""
         if client_id not in self._members:
-            self._members[client_id] = Member(client_id, "", now)
+            self._add(Member(client_id, "", now))
         return self._members[client_id]
+
+    def _add(self, member: Member) -> None:
+        self._members[member.client_id] = self._idle[member.client_id] = member
 
     def renew_all(self, heard_at: float) -> None:
         """Take everybody for heard at `heard_at`."""
@@ -67,7 +85,47 @@ class Membership:
             member.heard_at = max(member.heard_at, heard_at)
 
     def remove(self, client_id: str) -> Member | None:
+        for place in (self._idle, self._busy, self._overdue):
+            place.pop(client_id, None)
         return self._members.pop(client_id, None)
+
+    # ---- at work -------------------------------------------------------------------------------------------------
+
+    def give(self, member: Member, task_id: str, due_at: float) -> None:
+        """Note the member's task; nobody's time ends before that of those who were given one earlier."""
+        member.fit_task, member.due_at = task_id, due_at
+        for place in (self._idle, self._busy, self._overdue):
+            place.pop(member.client_id, None)
+        self._busy[member.client_id] = member
+
+    def free(self, member: Member) -> None:
+        """Note that the member has no task any more."""
+        member.fit_task, member.due_at = None, math.inf
+        for place in (self._busy, self._overdue):
+            place.pop(member.client_id, None)
+        if member.client_id in self._members:
+            self._idle[member.client_id] = member
+
+    def idle(self, now: float) -> list[Member]:
+        """The members that are not busy."""
+        self._pass_time(now)
+        return [*self._idle.values(), *(member for member in self._overdue.values() if not member.is_busy(now))]
+
+    def num_busy(self, now: float) -> int:
+        self._pass_time(now)
+        return len(self._busy) + sum(member.is_busy(now) for member in self._overdue.values())
+
+    def next_due(self, now: float) -> float:
+        """When the time of a member for its task ends next."""
+        self._pass_time(now)
+        return next((member.due_at for member in self._busy.values()), math.inf)
+
+    def _pass_time(self, now: float) -> None:
+        while self._busy:
+            client_id, member = next(iter(self._busy.items()))
+            if now < member.due_at:
+                break
+            self._overdue[client_id] = self._busy.pop(client_id)
 
     def next_expiry(self) -> float | None:
         """When the longest silent member's lease ends; None while that is not known."""

@@ -139,16 +139,15 @@ class Presence:
                 watch.gone_since = now()
                 self._ask_for_echo()
             case "no inbox" if last == "no inbox":
-                self._blame(client_id, watch, "its inbox is gone")
+                del self._watches[client_id]
+                self._put(e.ClientLost(client_id=client_id, reason="its inbox is gone"))
             case _ if now() - watch.gone_since >= _PATIENCE_LOOKS * self._every_s:
                 self._blame_if_heard(client_id, watch, watch.gone_since)
 
     def _blame_if_heard(self, client_id: str, watch: _Watch, gone_since: float) -> None:
         if self._engine.heard_through >= gone_since:
-            self._blame(client_id, watch, "its connection is gone")
+            del self._watches[client_id]
+            reason = "its connection is gone"
+            self._put(e.ClientUnreachable(client_id=client_id, reason=reason, seen_at=watch.seen_at))
         elif now() - gone_since > _PATIENCE_LOOKS * self._every_s + _HELD_UP_S:
             self.disturbed()  # publishes do not come through: an alarm, a queue without a leader, a flood
-
-    def _blame(self, client_id: str, watch: _Watch, reason: str) -> None:
-        del self._watches[client_id]
-        self._put(e.ClientUnreachable(client_id=client_id, reason=reason, seen_at=watch.seen_at))

@@ -775,7 +775,7 @@ class Server:
             _LOGGER.debug("a message to %s was not confirmed", client_id, exc_info=exc)
         except Unroutable:
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
-                self._events.put(e.ClientUnreachable(client_id=client_id, reason="its inbox is gone"))
+                self._events.put(e.ClientLost(client_id=client_id, reason="its inbox is gone"))
         finally:
             self._outbound.task_done()
 

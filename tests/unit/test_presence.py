@@ -81,9 +81,12 @@ class Watch:
         if self.echoes:
             self.story.happens(e.EchoHeard(sent_at=now()))
 
-    async def unreachable(self) -> e.ClientUnreachable:
+    async def next_told(self) -> e.Event:
         async with asyncio.timeout(10):
-            event = await self.told.get()
+            return await self.told.get()
+
+    async def unreachable(self) -> e.ClientUnreachable:
+        event = await self.next_told()
         assert isinstance(event, e.ClientUnreachable)
         return event
 
@@ -129,7 +132,7 @@ async def test_a_moment_without_costs_nothing(answers: tuple[Any, ...]) -> None:
 async def test_an_inbox_that_is_gone_is_told_at_the_second_look() -> None:
     bus = Answering(itertools.repeat(MISSING))
     async with watching(bus, "c1") as watch:
-        assert (await watch.unreachable()).reason == "its inbox is gone"
+        assert await watch.next_told() == e.ClientLost(client_id="c1", reason="its inbox is gone")
         assert len(bus.asked) == 2
 
 
