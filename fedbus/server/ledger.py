@@ -23,6 +23,7 @@ from fedbus.rounds.restored import RestoredTask
 from fedbus.server.history import History, RoundRecord, plain, record_from_json
 
 _FORMAT: Final = 2
+_CLOSE_PATIENCE_S: Final = 1.0
 
 _SCHEMA: Final = """
 CREATE TABLE run (
@@ -81,8 +82,17 @@ class Ledger:
         return f"<Ledger {self._path} epoch={self._epoch}>"
 
     def close(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self._db.close()
+        """Close the file, once a commit that is under way in another thread has ended; one that hangs keeps it open.
+
+        SQLite's memory would be freed under the feet of that thread.
+        """
+        if not self._lock.acquire(timeout=_CLOSE_PATIENCE_S):
+            return
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.close()
+        finally:
+            self._lock.release()
 
     def begin(self, history: History) -> None:
         """Begin a run, in its first epoch."""

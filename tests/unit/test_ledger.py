@@ -6,7 +6,9 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +286,40 @@ def test_a_disk_that_cannot_be_written_ends_the_run_with_one_clear_error(tmp_pat
     ledger._db.execute("PRAGMA query_only=1")
     with pytest.raises(RunFailed, match="the ledger cannot be written: attempt to write a readonly database"):
         ledger.note_tasks([task(1, "a")])
+
+
+def test_closing_waits_for_a_commit_in_another_thread(tmp_path: Path) -> None:
+    ledger = begun(tmp_path / "l")
+    entered, go_on = threading.Event(), threading.Event()
+
+    def rows() -> Iterator[tuple[str, str, int]]:
+        entered.set()
+        assert go_on.wait(10)
+        yield ("r/fit/1/a", "a", 0)
+
+    with ThreadPoolExecutor(2) as pool:
+        commit = pool.submit(ledger.commit_round, record(1), rows(), seconds=1.0, max_staleness=10)
+        assert entered.wait(10)
+        closing = pool.submit(ledger.close)
+        go_on.set()
+        closing.result()
+        commit.result()
+    assert Ledger(tmp_path / "l").take_over(max_staleness=10).version == 1
+
+
+def test_a_commit_that_hangs_does_not_keep_the_server_from_ending(tmp_path: Path) -> None:
+    ledger = begun(tmp_path / "l")
+    entered, go_on = threading.Event(), threading.Event()
+
+    def rows() -> Iterator[tuple[str, str, int]]:
+        entered.set()
+        assert go_on.wait(20)
+        yield ("r/fit/1/a", "a", 0)
+
+    with ThreadPoolExecutor(1) as pool:
+        commit = pool.submit(ledger.commit_round, record(1), rows(), seconds=1.0, max_staleness=10)
+        assert entered.wait(10)
+        ledger.close()
+        go_on.set()
+        commit.result()
+    assert Ledger(tmp_path / "l").take_over(max_staleness=10).version == 1
