@@ -7,7 +7,6 @@ regime gets the same number of trainings.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -140,7 +139,3 @@ def _outcome(regime: Regime, seed: int, history: History, target: float) -> Outc
         updates=history.updates,
         mean_staleness=statistics.fmean(late),
     )
-
-
-def to_json(outcomes: list[Outcome]) -> str:
-    return json.dumps([dataclasses.asdict(outcome) for outcome in outcomes])

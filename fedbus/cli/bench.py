@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import statistics
 from typing import Annotated
 
 import typer
@@ -9,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedbus.bench.measure import RoundBench, Spread, bench_round
+from fedbus.bench.regimes import Outcome, bench_regimes
 from fedbus.bench.stragglers import Spec, bench_stragglers
 from fedbus.cli.options import Broker, Debug, Json, RunDir, run_async
 
@@ -66,6 +71,62 @@ def stragglers(
     )
     late = ", ".join(map(str, found.staleness)) or "none"
     typer.echo(f"{found.updates} updates, {found.slow_updates} of slow clients; versions late: {late}")
+
+
+@bench_app.command(name="regimes")
+def regimes_(
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each regime.")] = 3,
+    trainings: Annotated[int, typer.Option("--trainings", help="Fits in each run, about.")] = 1500,
+    target: Annotated[float, typer.Option("--target", help="The accuracy that is waited for.")] = 0.85,
+    speeds: Annotated[str, typer.Option("--speeds", help="As in 'fedbus simulate'.")] = "lognormal:0:1",
+    data_seed: Annotated[int, typer.Option("--data-seed", help="Of the data, which are those of FedProx.")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare synchronous, over-selected, FedBuff and FedAsync rounds, in virtual time.
+
+    FedProx's synthetic(1, 1), 30 clients, logistic regression, five local epochs. A fit takes 1 s at the median; with
+    the default speeds each draws its own duration, lognormal:1 gives each client a speed of its own.
+    """
+    outcomes = []
+    for outcome in bench_regimes(seeds=seeds, trainings=trainings, target=target, speeds=speeds, data_seed=data_seed):
+        outcomes.append(outcome)
+        if not as_json:
+            reached = "never" if outcome.seconds_to_target is None else f"after {outcome.seconds_to_target:.0f} s"
+            typer.echo(f"{outcome.regime}, seed {outcome.seed}: {target:.0%} {reached}", err=True)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
+        return
+    Console(highlight=False).print(_regimes_table(outcomes, target))
+
+
+def _regimes_table(outcomes: list[Outcome], target: float) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("regime")
+    for name in (f"s to {target:.0%}", "quicker", "final accuracy", "s in all", "late"):
+        table.add_column(name, justify="right")
+    names = list(dict.fromkeys(outcome.regime for outcome in outcomes))
+    first = _median_to_target([outcome for outcome in outcomes if outcome.regime == names[0]])
+    for name in names:
+        runs = [outcome for outcome in outcomes if outcome.regime == name]
+        each = " ".join("never" if run.seconds_to_target is None else f"{run.seconds_to_target:.0f}" for run in runs)
+        table.add_row(
+            name,
+            each,
+            _times(first, _median_to_target(runs)),
+            " ".join(f"{run.final_accuracy:.3f}" for run in runs),
+            f"{statistics.median(run.seconds for run in runs):.0f}",
+            f"{statistics.fmean(run.mean_staleness for run in runs):.1f}",
+        )
+    return table
+
+
+def _times(seconds: float, other: float) -> str:
+    return f"{seconds / other:.1f}" if math.isfinite(seconds) and math.isfinite(other) else ""
+
+
+def _median_to_target(runs: list[Outcome]) -> float:
+    return statistics.median(math.inf if run.seconds_to_target is None else run.seconds_to_target for run in runs)
 
 
 def _show(found: RoundBench) -> None:
