@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Annotated
 
@@ -83,9 +82,7 @@ def simulate(
         history = run_simulation(app, num_clients=clients, virtual=settings, run_dir=folder, observers=observers)
         draw_curves(history, folder)
     wall_s = time.monotonic() - began_at
-    more: dict[str, object] = {"simulated_s": history.seconds, "wall_s": round(wall_s, 3)}
-    if table := dataclasses.asdict(history).get("clients"):
-        more["clients"] = table
+    more = {"simulated_s": history.seconds, "wall_s": round(wall_s, 3)}
     took = f"{hours(history.seconds)} of virtual time ({wall_s:.1f} s)"
     report(history, folder, as_json=as_json, took=took, more=more)
 
