@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final, Literal
+from typing import Final
 
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
-from fedbus.rounds.commands import Command, Outcome
+from fedbus.rounds.commands import Command
 from fedbus.rounds.engine import Engine
-from fedbus.rounds.restored import Restored, RestoredTask
+from fedbus.rounds.restored import Restored
+from tests.scenarios.ledger import Ledger
 from tests.scenarios.script import BadScenario, Scenario
 from tests.scenarios.words import Tasks, say
 
@@ -33,50 +33,6 @@ def play(scenario: Scenario) -> str:
     return "\n".join([scenario.head, "", *player.transcript]) + "\n"
 
 
-@dataclass
-class _Ledger:
-    """What a server has on disk of the run, for the next one to go on with."""
-
-    rounds: int = 0
-    version: int = 0
-    evaluation_due: bool = False
-    tasks: dict[str, RestoredTask] = field(default_factory=dict)
-
-    def note(self, command: Command) -> None:
-        match command:
-            case c.SendFitTask() if command.task_id not in self.tasks:
-                self._put(command, "working")
-            case c.FitFailed():
-                self._end(command.task_id, "failed", reason=command.reason)
-            case c.Settle(outcome=Outcome.REFUSED) if command.task_id in self.tasks:
-                self._end(command.task_id, "failed", reason=command.reason)
-            case c.CloseEvaluation():
-                self.evaluation_due = False
-
-    def note_commit(self, commit: c.Commit, version: int, *, is_evaluated: bool) -> None:
-        self.rounds, self.version = commit.round, version
-        self.evaluation_due = is_evaluated and bool(commit.folded)
-        for folded in commit.folded:
-            self._end(folded.task_id, "folded", folded_in=commit.round)
-
-    def _put(self, task: c.SendFitTask, state: Literal["working", "folded", "failed"]) -> None:
-        self.tasks[task.task_id] = RestoredTask(
-            task_id=task.task_id, client_id=task.client_id, round=task.round, version=task.version, state=state
-        )
-
-    def _end(self, task_id: str, state: Literal["folded", "failed"], *, folded_in: int = 0, reason: str = "") -> None:
-        task = self.tasks[task_id]
-        self.tasks[task_id] = RestoredTask(
-            task_id=task_id,
-            client_id=task.client_id,
-            round=task.round,
-            version=task.version,
-            state=state,
-            folded_in=folded_in,
-            reason=reason,
-        )
-
-
 class _Kind(IntEnum):
     """What happens by itself, in its order at one and the same time."""
 
@@ -94,10 +50,11 @@ class _Player:
         self._now = 0.0
         self._engine: Engine | None = self._new_engine(None)
         self._members: tuple[str, ...] = ()
-        self._ledger = _Ledger()
+        self._ledger = Ledger(scenario.config.max_staleness)
         self._tasks = Tasks()
         self._beats: dict[str, float] = {}  # client -> when it is heard next
         self._lives: dict[str, int] = {}
+        self._in_hand: dict[str, str] = {}  # client -> the task that it says it is at work on
         self._committing: tuple[float, c.Commit] | None = None
         self._commit_s = scenario.commit_s
         self._deliveries = 0
@@ -121,7 +78,7 @@ class _Player:
             self._now = max(self._now, time)
             if kind is _Kind.BEAT:
                 self._beats[client] += self._scenario.config.heartbeat_s
-                self._tell(f"{client} beats", [e.ClientHeard(client_id=client, session=self._session(client))])
+                self._tell(f"{client} beats", [self._heartbeat(client)])
             elif kind is _Kind.COMMIT:
                 self._commit()
             elif self._engine is not None:
@@ -179,7 +136,7 @@ class _Player:
                 self._committing = (self._now + self._commit_s, command)
         if said or is_written:
             self.transcript.append(f"{self._now:7g}  {text}")
-            self.transcript += [_INDENT + say(command, self._tasks) for command in said]
+            self.transcript += [_INDENT + say(command, self._tasks, self._scenario.config.mixing) for command in said]
 
     def _session(self, client: str, life: int | None = None) -> str:
         return f"{client}/{self._lives.get(client, 1) if life is None else life}"
@@ -189,10 +146,29 @@ class _Player:
         clients = who.split(", ")
         for client in clients:
             self._lives[client] = self._lives.get(client, 0) + 1
+            self._in_hand.pop(client, None)
         return [e.ClientJoined(client_id=client, session=self._beating(client)) for client in clients]
 
     def hear_again(self, who: str) -> list[e.Event]:
-        return [e.ClientHeard(client_id=client, session=self._beating(client)) for client in who.split(", ")]
+        """Heartbeats begin again; they name the task in hand, where the client had named one."""
+        for client in who.split(", "):
+            self._beating(client)
+        return [self._heartbeat(client) for client in who.split(", ")]
+
+    def say_at_work(self, who: str, round: str, number: str | None) -> list[e.Event]:
+        """What it says now every heartbeat of it repeats until the task is answered."""
+        self._in_hand[who] = self._fit(who, round, number)
+        return [self._heartbeat(who)]
+
+    def say_idle(self, who: str) -> list[e.Event]:
+        self._in_hand.pop(who, None)
+        return [self._heartbeat(who)]
+
+    def _heartbeat(self, client: str) -> e.Event:
+        return e.ClientHeard(client_id=client, session=self._session(client), fit_task=self._in_hand.get(client, ""))
+
+    def unreachable(self, who: str, reason: str) -> list[e.Event]:
+        return [e.ClientUnreachable(client_id=who, reason=reason)]
 
     def _beating(self, client: str) -> str:
         self._beats[client] = self._now + self._scenario.config.heartbeat_s
@@ -212,15 +188,25 @@ class _Player:
         return [e.ClientLeft(client_id=who, session=self._session(who, self._lives[who] - 1), reason="bye")]
 
     def update(self, who: str, round: str, number: str | None, owner: str | None = None) -> list[e.Event]:
-        task_id = self._fit(owner or who, round, number)
+        task_id = self._answered(owner or who, round, number)
         return [e.UpdateReceived(client_id=who, task_id=task_id, delivery=self._delivery())]
 
     def invalid(self, who: str, round: str, number: str | None, reason: str) -> list[e.Event]:
-        task_id = self._fit(who, round, number)
+        task_id = self._answered(who, round, number)
         return [e.UpdateInvalid(client_id=who, task_id=task_id, delivery=self._delivery(), reason=reason)]
 
     def fail(self, who: str, round: str, number: str | None, reason: str) -> list[e.Event]:
-        return [e.TaskFailed(client_id=who, task_id=self._fit(who, round, number), reason=reason)]
+        return [e.TaskFailed(client_id=who, task_id=self._answered(who, round, number), reason=reason)]
+
+    def stop_fit(self, who: str, round: str, number: str | None) -> list[e.Event]:
+        """As a client answers that was told to stop."""
+        return self.fail(who, round, number, "it was told to stop")
+
+    def _answered(self, client: str, round: str, number: str | None) -> str:
+        task_id = self._fit(client, round, number)
+        if self._in_hand.get(client) == task_id:
+            del self._in_hand[client]
+        return task_id
 
     def _fit(self, client: str, round: str, number: str | None) -> str:
         task_id = self._tasks.find(client, int(round), int(number or 1))
@@ -254,14 +240,7 @@ class _Player:
 
     def resume(self) -> list[e.Event]:
         """As the server does: from the last commit, and the tasks and members that it had noted by then."""
-        restored = Restored(
-            rounds=self._ledger.rounds,
-            version=self._ledger.version,
-            clients=self._members,
-            tasks=tuple(self._ledger.tasks.values()),
-            evaluation_due=self._ledger.evaluation_due,
-        )
-        self._engine = self._new_engine(restored)
+        self._engine = self._new_engine(self._ledger.restored(self._members))
         return []
 
     def commits_take(self, seconds: str) -> list[e.Event]:
@@ -287,12 +266,17 @@ _WORDS: Final[list[tuple[str, Callable[..., list[e.Event]]]]] = [
     (rf"{_ALL} restarts?", _Player.join),
     (rf"{_ALL} (?:is|are) heard again", _Player.hear_again),
     (rf"{_ALL} falls? silent", _Player.fall_silent),
+    (rf"{_WHO} says it is at work on its task of {_ROUND}", _Player.say_at_work),
+    (rf"{_WHO} says it has nothing in hand", _Player.say_idle),
+    (rf"{_WHO}'s inbox is gone", lambda player, who: player.unreachable(who, "its inbox is gone")),
+    (rf"the connection of {_WHO} is gone", lambda player, who: player.unreachable(who, "its connection is gone")),
     (rf"{_WHO} leaves(?:: {_REASON})?", _Player.leave),
     (rf"{_WHO}'s former process leaves", _Player.leave_life),
     (rf"{_WHO}'s update for {_ROUND} arrives(?: again)?", _Player.update),
     (rf"{_WHO}'s update for (?P<owner>[\w.-]+)'s {_ROUND} arrives", _Player.update),
     (rf"{_WHO}'s update for {_ROUND} is invalid: {_REASON}", _Player.invalid),
     (rf"{_WHO} fails in {_ROUND}: {_REASON}", _Player.fail),
+    (rf"{_WHO} stops its task of {_ROUND}", _Player.stop_fit),
     (rf"{_WHO}'s initial model arrives", _Player.give_model),
     (rf"{_WHO} has no initial model: {_REASON}", _Player.give_no_model),
     (rf"{_WHO}'s evaluation of round (?P<round>\d+) arrives", _Player.evaluate),

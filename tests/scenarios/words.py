@@ -44,8 +44,11 @@ class Tasks:
         return self._known[task_id][2] if task_id in self._known else 0
 
 
-def say(command: Command, tasks: Tasks) -> str:
-    """The command in words; one that there are no words for yet as it is, so that nothing goes unseen."""
+def say(command: Command, tasks: Tasks, alpha: float = 1.0) -> str:
+    """The command in words; one that there are no words for yet as it is, so that nothing goes unseen.
+
+    `alpha`: the mixing of the run, which is part of every discount.
+    """
     match command:
         case c.WelcomeClient():
             return f"welcome {command.client_id}"
@@ -56,10 +59,12 @@ def say(command: Command, tasks: Tasks) -> str:
         case c.SendFitTask():
             name = tasks.name(command.task_id, command.client_id)
             return f"task {command.client_id}: fit version {command.version} in {name} ({command.timeout_s:g} s)"
+        case c.CancelTask():
+            return f"tell {command.client_id} to stop its task of {tasks.name(command.task_id, command.client_id)}"
         case c.SendEvaluateTask():
             return f"task {command.client_id}: evaluate version {command.version} ({command.timeout_s:g} s)"
         case c.Fold():
-            return _fold(command, tasks)
+            return _fold(command, tasks, alpha)
         case c.Settle():
             return _settle(command, tasks)
         case c.Commit():
@@ -72,13 +77,16 @@ def say(command: Command, tasks: Tasks) -> str:
             return _notice(command, tasks)
 
 
-def _fold(fold: c.Fold, tasks: Tasks) -> str:
+def _fold(fold: c.Fold, tasks: Tasks, alpha: float) -> str:
     text = f"fold {fold.client_id}'s update for {tasks.name(fold.task_id, fold.client_id)}"
     if fold.round != tasks.round(fold.task_id):
         text += f" into round {fold.round}"
     if fold.staleness:
         text += f", {fold.staleness} late"
-    return text + (f", counts {fold.discount:.2g}" if fold.discount != 1 else "")
+    if fold.discount == 1:
+        return text
+    is_mixed = alpha != 1 and fold.discount != alpha
+    return text + f", counts {fold.discount:.2g}" + (f" = {alpha:g} * {fold.discount / alpha:.2g}" if is_mixed else "")
 
 
 def _settle(settle: c.Settle, tasks: Tasks) -> str:
@@ -122,6 +130,9 @@ def _notice(command: Command, tasks: Tasks) -> str:
             return (
                 f"{command.client_id} has failed in {tasks.name(command.task_id, command.client_id)}: {command.reason}"
             )
+        case c.FitCancelled():
+            name = tasks.name(command.task_id, command.client_id)
+            return f"{command.client_id}'s task of {name} is given up: {command.reason}"
         case c.EvaluateFailed():
             return f"{command.client_id} has failed to evaluate: {command.reason}"
         case _:
