@@ -71,6 +71,7 @@ class _Task:
     state: TaskState = TaskState.WORKING
     folded_in: int = 0  # the round that its update is in
     reason: str = "its task has ended already"  # why no update of it is taken any more
+    failure: str = ""  # what went wrong with it
 
 
 @dataclass(slots=True)
@@ -172,6 +173,7 @@ class Engine:
                 version=task.version,
                 state=_RESTORED_STATES[task.state],
                 folded_in=task.folded_in,
+                failure=task.reason,
             )
         self._restored_cohort = tuple(task for task in restored.tasks if task.round == restored.rounds + 1)
         newest = {task.client_id: task for task in sorted(restored.tasks, key=lambda task: task.round)}
@@ -523,22 +525,29 @@ class Engine:
     def _reopened(self, round_: _Round) -> list[c.SendFitTask]:
         """The cohort that was drawn before the interruption.
 
-        What is not answered is not sent again here: the answers may be on their way, so `TasksInDoubt` comes later.
+        What is not answered is not sent again here: the answers may be on their way, so `TasksInDoubt` comes later. How
+        its tasks stand is what has become of them by now: clients were heard while the model was not ready.
         """
         cohort, self._restored_cohort = self._restored_cohort, ()
-        for task in cohort:  # the last one of a client counts
-            round_.cohort[task.client_id] = task.task_id
-            self._tasks[task.task_id].repeat = round_.asked.get(task.client_id, 0)
-            round_.asked[task.client_id] = self._tasks[task.task_id].repeat + 1
-            round_.working.discard(task.client_id)
-            round_.failed.pop(task.client_id, None)
-            if task.state == "working":
-                round_.working.add(task.client_id)
-            elif task.state == "failed":
-                round_.failed[task.client_id] = task.reason
-        round_.lost.update((client_id, None) for client_id in round_.cohort if client_id not in self._members)
-        round_.working.difference_update(round_.lost)
-        return self._new_tasks(round_)
+        for restored in cohort:
+            task = self._tasks[restored.task_id]
+            task.repeat = round_.asked.get(restored.client_id, 0)
+            round_.asked[restored.client_id] = task.repeat + 1
+            round_.cohort[restored.client_id] = restored.task_id  # the last one of a client counts
+        again = []
+        for client_id, task_id in round_.cohort.items():
+            task, member = self._tasks[task_id], self._members.get(client_id)
+            if task.state is TaskState.LOST and member is not None:  # a new process, for which the answer is lost
+                task.state = TaskState.WORKING
+                self._give(member, task_id)
+                again.append(self._send(round_, client_id, task_id))
+            if task.state is TaskState.WORKING:
+                round_.working.add(client_id)
+            elif task.state is TaskState.LOST:
+                round_.lost[client_id] = None
+            elif task.state is TaskState.FAILED:
+                round_.failed[client_id] = task.failure
+        return again + self._new_tasks(round_)
 
     def _grow_cohort(self) -> None:
         """Fill the places that a late joiner brings, a lost client leaves or a straggler can take again."""
@@ -790,7 +799,7 @@ class Engine:
             self._stop = f"no client could give the initial model: {reason}"
 
     def _fail(self, task_id: str, task: _Task, reason: str) -> None:
-        task.state = TaskState.FAILED
+        task.state, task.failure = TaskState.FAILED, reason
         self._record(task.client_id).failed += 1
         member = self._members.get(task.client_id)
         if member is not None and member.fit_task == task_id:

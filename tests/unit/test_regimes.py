@@ -167,6 +167,48 @@ def test_after_a_resume_a_client_says_whether_it_works_on_a_task_of_an_earlier_r
     assert one(said, c.Fold).staleness == 2  # it had been on its way
 
 
+def resumed_in_round_2(*clients: str, k: int = 2) -> Story:
+    """A server that goes on where round 2 was open, its clients at work; the model is not ready yet."""
+    tasks = tuple(
+        RestoredTask(task_id=f"run/fit/2/{name}", client_id=name, round=2, version=1, state="working")
+        for name in clients
+    )
+    restored = Restored(rounds=1, version=1, clients=clients, tasks=tasks)
+    return Story(restored=restored, min_fit_clients=k, over_selection=1.0, num_rounds=5)
+
+
+def test_a_fit_that_fails_before_the_model_is_ready_again_is_not_waited_for() -> None:
+    story = resumed_in_round_2("a", "b")
+    story.happens(e.TaskFailed(client_id="a", task_id="run/fit/2/a", reason="no"))
+    story.happens(e.ModelReady())
+    assert one(story.update("b", 2), c.Commit).failed == {"a": "no"}
+
+
+def test_an_invalid_update_before_the_model_is_ready_again_gives_its_place_away() -> None:
+    story = resumed_in_round_2("a", "b")
+    story.join("c")
+    story.happens(e.UpdateInvalid(client_id="a", task_id="run/fit/2/a", delivery=1, reason="NaN"))
+    assert tasked(story.happens(e.ModelReady())) == {"c"}
+
+
+def test_who_restarts_before_the_model_is_ready_again_gets_its_task_again_and_is_at_work_on_it() -> None:
+    story = resumed_in_round_2("a", "b")
+    story.join("a")
+    story.happens(e.ClientJoined(client_id="a", session="another"))
+    assert one(story.happens(e.ModelReady()), c.SendFitTask).task_id == "run/fit/2/a"
+    story.update("b", 2)
+    left = story.happens(e.ClientLeft(client_id="a", session="another", reason="bye"))
+    assert one(left, c.Commit).lost == ("a",)
+
+
+def test_who_had_failed_and_leaves_before_the_model_is_ready_again_leaves_one_place_not_two() -> None:
+    failed = RestoredTask(task_id="run/fit/2/a", client_id="a", round=2, version=1, state="failed", reason="no")
+    story = Story(restored=Restored(rounds=1, version=1, tasks=(failed,)), over_selection=1.0, num_rounds=5)
+    story.happens(e.ClientLeft(client_id="a", session="a", reason="bye"))
+    story.join("b", "c", "d")
+    assert len(tasked(story.happens(e.ModelReady()))) == 2
+
+
 # ---- over-selection --------------------------------------------------------------------------------------------------
 
 
