@@ -119,7 +119,7 @@ class Engine:
         has_model: False when the initial model must come from a client.
         restored: the run so far, when it goes on where another server had to stop. Rounds go on with `ModelReady`.
         now: the time, when there is something to restore.
-        records: what each client has done so far; the engine goes on with it.
+        records: what each client had done by the last commit; the engine goes on with it.
     """
 
     def __init__(
@@ -176,6 +176,9 @@ class Engine:
                 failure=task.reason,
             )
         self._restored_cohort = tuple(task for task in restored.tasks if task.round == restored.rounds + 1)
+        for task in self._restored_cohort:  # they were given after the last commit
+            self._record(task.client_id).note_asked(task.round)
+            self._record(task.client_id).failed += task.state == "failed"
         newest = {task.client_id: task for task in sorted(restored.tasks, key=lambda task: task.round)}
         working = {client_id: task.task_id for client_id, task in newest.items() if task.state == "working"}
         for client_id in (*restored.clients, *(task.client_id for task in self._restored_cohort)):

@@ -443,6 +443,21 @@ def test_a_record_counts_failures_losses_and_cancellations() -> None:
     assert story.engine.records["b"].lost == 1
 
 
+def test_the_tasks_of_a_round_that_was_open_are_in_the_record_of_a_resumed_run() -> None:
+    tasks = (
+        RestoredTask(task_id="run/fit/2/a", client_id="a", round=2, version=1, state="working"),
+        RestoredTask(task_id="run/fit/2/b", client_id="b", round=2, version=1, state="failed", reason="no"),
+    )
+    by_the_last_commit = {"a": ClientRecord(client_id="a", asked=1, folded=1, last_round=1)}
+    config, restored = RoundConfig.synchronous(2), Restored(rounds=1, version=1, tasks=tasks)
+    engine = Engine(config, seed=0, run_id="run", restored=restored, now=0.0, records=by_the_last_commit)
+    engine.handle(e.ModelReady(), 0.0)
+    engine.handle(e.UpdateReceived(client_id="a", task_id="run/fit/2/a", delivery=1), 1.0)
+    a, b = engine.records["a"], engine.records["b"]
+    assert (a.asked, a.folded, a.last_round) == (2, 2, 2)
+    assert (b.asked, b.failed, b.last_round) == (1, 1, 2)
+
+
 def test_the_polynomial_of_fedbuff_is_one_over_the_root() -> None:
     assert RoundConfig.buffered().staleness == Polynomial(0.5)
     assert [Polynomial(0.5)(tau) for tau in (0, 3)] == [1.0, 0.5]
