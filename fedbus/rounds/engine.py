@@ -380,11 +380,10 @@ class Engine:
 
     def _restarted(self, member: Member) -> None:
         """A new process of a known client: what the old one worked on is gone, and is given again while it counts."""
-        task = self._tasks.get(member.fit_task or "")
         round_ = self._round
-        if task is None or member.fit_task is None or task.state is not TaskState.WORKING:
-            self._members.free(member)
-        elif round_ is not None and self._phase is Phase.OPEN and self._is_of_cohort(round_, member):
+        if member.fit_task is None:
+            return
+        if round_ is not None and self._phase is Phase.OPEN and self._is_of_cohort(round_, member):
             self._out.append(self._send(round_, member.client_id, member.fit_task))
         else:
             self._give_up_task(member)
@@ -450,10 +449,11 @@ class Engine:
                     del evaluation.outstanding[task_id]
                     evaluation.missing.append(client_id)
         task = self._tasks.get(member.fit_task or "")
-        if task is None or task.state is not TaskState.WORKING:
+        if task is None:
             return
-        task.state = TaskState.LOST
-        self._record(member.client_id).lost += 1
+        if task.state is TaskState.WORKING:
+            task.state = TaskState.LOST
+            self._record(member.client_id).lost += 1
         if self._round is None or self._phase is not Phase.OPEN:
             return
         if self._is_of_cohort(self._round, member):

@@ -275,6 +275,24 @@ def test_the_update_of_a_cancelled_task_is_refused_with_the_reason_and_frees_its
     assert tasked(said) == {"slow"}
 
 
+def test_the_place_of_a_client_that_was_told_to_stop_and_leaves_is_filled() -> None:
+    story = buffered(1, max_staleness=0, concurrency=2, min_available_clients=3)
+    (first, _) = all_of(story.join("a", "b", "c"), c.SendFitTask)
+    answer(story, first)
+    cancelled = one(story.commit(), c.CancelTask).client_id
+    said = story.happens(e.ClientLeft(client_id=cancelled, session=cancelled, reason="bye"))
+    assert len(tasked(said)) == 1
+
+
+def test_a_client_that_was_told_to_stop_and_restarts_is_idle() -> None:
+    story = buffered(1, max_staleness=0)
+    (first, second) = all_of(story.join("a", "b"), c.SendFitTask)
+    answer(story, first)
+    assert one(story.commit(), c.CancelTask).client_id == second.client_id
+    said = story.happens(e.ClientJoined(client_id=second.client_id, session="another"))
+    assert tasked(said) == {second.client_id}
+
+
 def test_a_task_is_cancelled_once() -> None:
     story = Story(max_staleness=1, num_rounds=9)
     late_by_two(story)
