@@ -499,6 +499,7 @@ class Engine:
             self._open_evaluation(self._number)
         if is_over:
             self._phase = Phase.DRAINING
+            self._let_go_of_held()
             return
         self._number += 1
         self._phase = Phase.OPEN
@@ -906,14 +907,18 @@ class Engine:
         is_last = round_.number >= self._config.num_rounds
         self._phase = Phase.DRAINING if is_last or self._stop is not None else Phase.WAITING
         if self._phase is Phase.DRAINING:
-            while self._held:
-                event = self._held.popleft()
-                self._tasks[event.task_id].state = TaskState.WORKING
-                self._received(event)
+            self._let_go_of_held()
         elif is_new_model:
             self._cancel_hopeless()
         if is_new_model and self._stop is None:
             self._open_evaluation(round_.number)
+
+    def _let_go_of_held(self) -> None:
+        """No round will open for the updates that waited for one."""
+        while self._held:
+            event = self._held.popleft()
+            self._tasks[event.task_id].state = TaskState.WORKING
+            self._received(event)
 
     def _cancel_hopeless(self) -> None:
         """Whoever is so late that the update would be refused need not go on; it stays busy until it has heard so."""

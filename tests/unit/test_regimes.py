@@ -209,6 +209,13 @@ def test_who_had_failed_and_leaves_before_the_model_is_ready_again_leaves_one_pl
     assert len(tasked(story.happens(e.ModelReady()))) == 2
 
 
+def test_an_update_that_waits_for_the_model_of_a_run_that_is_done_is_settled_at_its_end() -> None:
+    late = RestoredTask(task_id="run/fit/1/a", client_id="a", round=1, version=0, state="working")
+    story = Story(restored=Restored(rounds=3, version=2, tasks=(late,)), num_rounds=3)
+    assert story.update("a", 1) == []
+    assert settled(story.happens(e.ModelReady())) == [(1, Outcome.SURPLUS)]
+
+
 # ---- over-selection --------------------------------------------------------------------------------------------------
 
 
