@@ -529,8 +529,9 @@ class Engine:
     def _reopened(self, round_: _Round) -> list[c.SendFitTask]:
         """The cohort that was drawn before the interruption.
 
-        What is not answered is not sent again here: the answers may be on their way, so `TasksInDoubt` comes later. How
-        its tasks stand is what has become of them by now: clients were heard while the model was not ready.
+        What is not answered is not sent again here: the answers may be on their way, so `TasksInDoubt` comes later. But
+        clients were heard while the model was not ready: a task counts as what has become of it by now, and is sent
+        again to a new process, or where it was in doubt already.
         """
         cohort, self._restored_cohort = self._restored_cohort, ()
         for restored in cohort:
@@ -541,8 +542,9 @@ class Engine:
         again = []
         for client_id, task_id in round_.cohort.items():
             task, member = self._tasks[task_id], self._members.get(client_id)
-            if task.state is TaskState.LOST and member is not None:  # a new process, for which the answer is lost
-                task.state = TaskState.WORKING
+            is_doubtful = member is not None and (member.fit_task != task_id or member.is_in_doubt)
+            if member is not None and is_doubtful and task.state in (TaskState.WORKING, TaskState.LOST):
+                task.state, member.is_in_doubt = TaskState.WORKING, False
                 self._give(member, task_id)
                 again.append(self._send(round_, client_id, task_id))
             if task.state is TaskState.WORKING:

@@ -201,6 +201,15 @@ def test_who_restarts_before_the_model_is_ready_again_gets_its_task_again_and_is
     assert one(left, c.Commit).lost == ("a",)
 
 
+def test_tasks_that_are_in_doubt_before_the_model_is_ready_again_are_sent_when_it_is() -> None:
+    story = resumed_in_round_2("a", "b")
+    assert all_of(story.happens(e.TasksInDoubt(client_id="a")), c.SendFitTask) == []
+    assert tasked(story.happens(e.ModelReady())) == {"a"}
+    story.join("a")  # it says nothing of a task yet: that it has none in hand is no news
+    story.update("b", 2)
+    assert one(story.update("a", 2), c.Commit).unfinished == ()
+
+
 def test_who_had_failed_and_leaves_before_the_model_is_ready_again_leaves_one_place_not_two() -> None:
     failed = RestoredTask(task_id="run/fit/2/a", client_id="a", round=2, version=1, state="failed", reason="no")
     story = Story(restored=Restored(rounds=1, version=1, tasks=(failed,)), over_selection=1.0, num_rounds=5)
