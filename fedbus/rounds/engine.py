@@ -1003,6 +1003,7 @@ class Engine:
         if self._phase is not Phase.DRAINING or self._evaluations:
             return
         self._phase = Phase.ENDED
+        self._parameters_task = None
         finished = self._committed_rounds >= self._config.num_rounds
         reason = "all rounds are done" if finished else self._stop
         self._out.append(c.EndRun(finished=finished, reason=reason or ""))

@@ -446,6 +446,13 @@ def test_whoever_was_lost_in_the_round_and_is_back_takes_its_place_again() -> No
     assert (commit.lost, len(commit.folded)) == ((), 2)
 
 
+def test_nobody_is_asked_for_the_initial_model_after_the_end() -> None:
+    story = Story(has_model=False)
+    assert one(story.join("a"), c.RequestParameters)
+    assert one(story.happens(e.StopRequested(reason="enough")), c.EndRun)
+    assert story.happens(e.TasksInDoubt()) == []
+
+
 # ---- what each client has done ---------------------------------------------------------------------------------------
 
 
