@@ -40,7 +40,7 @@ def configs(draw: st.DrawFn) -> RoundConfig:
         "fraction_evaluate": draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
         "min_available_clients": draw(st.none() | st.integers(1, 4)),
         "timeout_s": TIMEOUT_S,
-        "lease_s": 20.0,
+        "lease_s": draw(st.sampled_from([20.0, 200.0])),
     }
     k = draw(st.integers(1, 4))
     regime = draw(st.sampled_from(["plain", "synchronous", "semi_synchronous", "buffered", "asynchronous"]))
@@ -146,6 +146,7 @@ class _Watch:
             if task.client == command.client_id and not task.excused:
                 is_overdue = now >= task.due_at and self.words.get(task.client) != task_id
                 assert is_overdue, f"{task.client} works on {task_id} and is given {command.task_id}"
+                task.excused = "its time was up"
         self.sent[command.task_id] = _Sent(command.client_id, command.round, command.version, now + TIMEOUT_S)
         self.asked[command.client_id] += 1
 
@@ -191,6 +192,8 @@ class _Watch:
                 assert commit.folded or commit.failed
         if self.config.is_asynchronous:
             assert len(commit.folded) <= k
+        given = {task.client: task_id for task_id, task in self.sent.items() if task.round == commit.round}
+        assert not {given[client] for client in commit.lost} & {folded.task_id for folded in commit.folded}
         groups = [*commit.lost, *commit.unfinished, *commit.failed]
         assert len(groups) == len(set(groups)) <= len(commit.cohort)
         assert set(groups) <= set(commit.cohort)
@@ -308,9 +311,13 @@ class Walk(RuleBasedStateMachine):
         self.ledger.note_commit(commit, version, is_evaluated=self.config.fraction_evaluate > 0)
         self.records = copy.deepcopy(self.engine._records)
 
-    @rule(is_durable=st.booleans(), gap_s=st.sampled_from([0.0, 5.0, 60.0]))
+    @rule(is_durable=st.booleans(), gap_s=st.sampled_from([0.0, 5.0, 60.0]), loses_inboxes=st.booleans())
     @precondition(lambda self: not self.watch.ended and self.servers < 4 and self.has_model)
-    def server_dies_and_another_goes_on(self, is_durable: bool, gap_s: float) -> None:
+    def server_dies_and_another_goes_on(self, is_durable: bool, gap_s: float, loses_inboxes: bool) -> None:
+        """With it, it may be, what the broker had for the clients."""
+        for tasks in self.inbox.values():
+            if loses_inboxes:
+                tasks.clear()
         members = self.engine.members
         if self.watch.commit is not None and is_durable:
             self.make_durable()
