@@ -567,22 +567,25 @@ class Engine:
     def _new_tasks(self, round_: _Round) -> list[c.SendFitTask]:
         places = self._places(round_)
         round_.recheck_at = math.inf
-        if places <= 0:  # the usual case, once per update: no look at every member
+        if places <= 0 and not self._config.is_asynchronous:  # the usual case, once per update: no look at every member
             return []
-        chosen = select(
-            self._config.selection,
-            seed=self._seed,
-            round=round_.number,
-            draw=round_.draws,
-            eligible=self._eligible(round_),
-            size=places,
-            records=self._records,
-        )
+        chosen: tuple[str, ...] = ()
+        if places > 0:
+            chosen = select(
+                self._config.selection,
+                seed=self._seed,
+                round=round_.number,
+                draw=round_.draws,
+                eligible=self._eligible(round_),
+                size=places,
+                records=self._records,
+            )
         if self._config.is_asynchronous:
             round_.draws += bool(chosen)
-        if len(chosen) < places:
+        tasks = [self._new_task(round_, client_id) for client_id in chosen]
+        if self._config.is_asynchronous or len(chosen) < places:  # who is overdue may be asked, or frees a place
             round_.recheck_at = self._members.next_due(self._now)
-        return [self._new_task(round_, client_id) for client_id in chosen]
+        return tasks
 
     def _places(self, round_: _Round) -> int:
         """How many more clients the round would take."""

@@ -349,6 +349,16 @@ def test_a_client_beyond_its_time_that_says_it_has_nothing_in_hand_is_asked_agai
     assert one(story.happens(e.ClientHeard(client_id="a", session="a")), c.SendFitTask).round == 2
 
 
+def test_in_asynchronous_rounds_too_who_never_answers_is_asked_again_when_its_time_is_up() -> None:
+    story = buffered(1, lease_s=1000.0, min_available_clients=2)
+    (a, b) = all_of(story.join("a", "b"), c.SendFitTask)
+    story.wait(50)
+    answer(story, a)
+    story.commit()
+    story.happens(e.ClientLeft(client_id=a.client_id, session=a.client_id, reason="bye"))
+    assert tasked(story.wait(50)) == {b.client_id}  # the round is open for 50 s more
+
+
 # ---- comings and goings ----------------------------------------------------------------------------------------------
 
 
