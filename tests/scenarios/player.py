@@ -167,8 +167,11 @@ class _Player:
     def _heartbeat(self, client: str) -> e.Event:
         return e.ClientHeard(client_id=client, session=self._session(client), fit_task=self._in_hand.get(client, ""))
 
-    def unreachable(self, who: str, reason: str) -> list[e.Event]:
-        return [e.ClientUnreachable(client_id=who, reason=reason)]
+    def lose_inbox(self, who: str) -> list[e.Event]:
+        return [e.ClientLost(client_id=who, reason="its inbox is gone")]
+
+    def lose_connection(self, who: str) -> list[e.Event]:
+        return [e.ClientUnreachable(client_id=who, reason="its connection is gone")]
 
     def _beating(self, client: str) -> str:
         self._beats[client] = self._now + self._scenario.config.heartbeat_s
@@ -268,8 +271,8 @@ _WORDS: Final[list[tuple[str, Callable[..., list[e.Event]]]]] = [
     (rf"{_ALL} falls? silent", _Player.fall_silent),
     (rf"{_WHO} says it is at work on its task of {_ROUND}", _Player.say_at_work),
     (rf"{_WHO} says it has nothing in hand", _Player.say_idle),
-    (rf"{_WHO}'s inbox is gone", lambda player, who: player.unreachable(who, "its inbox is gone")),
-    (rf"the connection of {_WHO} is gone", lambda player, who: player.unreachable(who, "its connection is gone")),
+    (rf"{_WHO}'s inbox is gone", _Player.lose_inbox),
+    (rf"the connection of {_WHO} is gone", _Player.lose_connection),
     (rf"{_WHO} leaves(?:: {_REASON})?", _Player.leave),
     (rf"{_WHO}'s former process leaves", _Player.leave_life),
     (rf"{_WHO}'s update for {_ROUND} arrives(?: again)?", _Player.update),
