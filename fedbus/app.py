@@ -214,7 +214,7 @@ def _import_failed(name: str, exc: BaseException) -> AppError:
     ours = str(Path(__file__).parent)
     frames = traceback.extract_tb(exc.__traceback__)
     # The user's own line, where the error was raised by a check of ours.
-    theirs = [frame for frame in frames if not frame.filename.startswith((ours, "<frozen"))] or frames
+    theirs = [frame for frame in frames if not frame.filename.startswith((ours, "<"))] or frames
     where = f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else ""
     reason = one_line(str(exc)) or "no reason given"
     return AppError(f"{name} cannot be imported: {type(exc).__name__}: {reason}{where}")
