@@ -93,7 +93,7 @@ class Membership:
 
     def give(self, member: Member, task_id: str, due_at: float) -> None:
         """Note the member's task; nobody's time ends before that of those who were given one earlier."""
-        member.fit_task, member.due_at = task_id, due_at
+        member.fit_task, member.due_at, member.is_in_doubt = task_id, due_at, False
         for place in (self._idle, self._busy, self._overdue):
             place.pop(member.client_id, None)
         self._busy[member.client_id] = member

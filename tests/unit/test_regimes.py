@@ -225,6 +225,19 @@ def test_an_update_that_waits_for_the_model_of_a_run_that_is_done_is_settled_at_
     assert settled(story.happens(e.ModelReady())) == [(1, Outcome.SURPLUS)]
 
 
+def test_a_doubt_about_an_old_task_is_none_about_the_new_one() -> None:
+    story = Story(min_fit_clients=2)
+    story.join("a", "b", "c")
+    story.update("a", 1)
+    story.update("b", 1)
+    story.commit()
+    story.happens(e.TasksInDoubt())
+    assert tasked(story.update("c", 1)) == {"c"}
+    story.beat("c")  # on its way when the new task was given
+    story.happens(e.ClientLeft(client_id="c", session="c", reason="bye"))
+    assert one(story.update("a", 2), c.Commit).lost == ("c",)
+
+
 # ---- over-selection --------------------------------------------------------------------------------------------------
 
 
