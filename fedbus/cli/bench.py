@@ -104,7 +104,7 @@ def _regimes_table(outcomes: list[Outcome], target: float) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("regime")
     for name in (f"s to {target:.0%}", "quicker", "final accuracy", "s in all", "late"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     names = list(dict.fromkeys(outcome.regime for outcome in outcomes))
     first = _median_to_target([outcome for outcome in outcomes if outcome.regime == names[0]])
     for name in names:

@@ -70,8 +70,8 @@ class _Task:
     repeat: int = 0
     state: TaskState = TaskState.WORKING
     folded_in: int = 0  # the round that its update is in
-    reason: str = "its task has ended already"  # why no update of it is taken any more
     failure: str = ""  # what went wrong with it
+    refusal: str = "its task has ended already"  # what its update is told then
 
 
 @dataclass(slots=True)
@@ -292,8 +292,11 @@ class Engine:
     def advance(self, now: float) -> list[Command]:
         """Let time pass: expire leases, close what is due."""
         self._now = max(self._now, now)
-        for member in self._members.expired(self._now):
-            self._lose(member, f"silent for {self._now - member.heard_at:.1f} s", left=False)
+        expired = self._members.expired(self._now)
+        for member in expired:
+            self._lose(member, f"silent for {self._now - member.heard_at:.1f} s", left=False, refill=False)
+        if expired and self._phase is Phase.OPEN:  # only now: the next one in line may have expired, too
+            self._grow_cohort()
         if self._parameters_task is not None and self._now >= self._parameters_due_at:
             self._parameters_failed(self._parameters_task[0], f"{self._parameters_task[1]} did not answer in time")
         return self._settle_down()
@@ -337,6 +340,7 @@ class Engine:
         member = self._members.get(event.client_id)
         assert member is not None
         before, member.at_work_on = member.at_work_on, event.fit_task if isinstance(event, e.ClientHeard) else ""
+        self._adopt_task_in_hand(member)
         if is_new or not former_session or isinstance(event, e.ClientJoined):
             self._out.append(c.WelcomeClient(client_id=event.client_id, session=event.session))
         if known is not None and former_session not in ("", event.session):
@@ -355,6 +359,15 @@ class Engine:
         if self._phase is Phase.OPEN:
             self._take_place_again(member)
             self._grow_cohort()
+
+    def _adopt_task_in_hand(self, member: Member) -> None:
+        """Somebody who was given up is back, still at work: it need not be given another task."""
+        task = self._tasks.get(member.at_work_on)
+        if member.fit_task is None and task is not None and task.client_id == member.client_id:
+            is_of_round = self._round is not None and self._round.cohort.get(member.client_id) == member.at_work_on
+            if task.state is TaskState.LOST and not is_of_round:  # else it takes its place again
+                task.state = TaskState.WORKING
+                self._give(member, member.at_work_on)
 
     def _take_place_again(self, member: Member) -> None:
         """Somebody who was lost in this round is back: its task is still its own."""
@@ -430,7 +443,7 @@ class Engine:
         if member is not None and member.session in ("", event.session):  # a word of its former life changes nothing
             self._lose(member, event.reason, left=True)
 
-    def _lose(self, member: Member, reason: str, *, left: bool) -> None:
+    def _lose(self, member: Member, reason: str, *, left: bool, refill: bool = True) -> None:
         self._members.remove(member.client_id)
         self._out.append(
             c.MemberLost(
@@ -459,7 +472,8 @@ class Engine:
         if self._is_of_cohort(self._round, member):
             self._round.lost[member.client_id] = None
             self._round.working.discard(member.client_id)
-        self._grow_cohort()
+        if refill:
+            self._grow_cohort()
 
     # ---- the initial model ---------------------------------------------------------------------------------------
 
@@ -689,7 +703,7 @@ class Engine:
             is_durable = 0 < task.folded_in <= self._committed_rounds
             self._settle(event, Outcome.DUPLICATE, round_=task.folded_in if is_durable else 0)
         elif task.state is TaskState.FAILED:
-            self._settle(event, Outcome.REFUSED, task.reason)
+            self._settle(event, Outcome.REFUSED, task.refusal)
             self._idle(event)
             if self._phase is Phase.OPEN:
                 self._grow_cohort()
@@ -704,9 +718,8 @@ class Engine:
             self._round.working.discard(event.client_id)
         staleness = self._version - task.version
         if staleness > self._config.max_staleness:
-            task.state, task.reason = TaskState.FAILED, self._too_late(task)
-            self._record(event.client_id).failed += 1
-            self._settle(event, Outcome.REFUSED, task.reason)
+            self._give_up_as_too_late(task)
+            self._settle(event, Outcome.REFUSED, task.refusal)
         else:
             task.state, task.folded_in = TaskState.FOLDED, self._round.number
             seconds = None if task.sent_at is None else self._now - task.sent_at
@@ -738,8 +751,11 @@ class Engine:
         if not self._is_enough(self._round):
             self._grow_cohort()
 
-    def _too_late(self, task: _Task) -> str:
-        return f"{self._version - task.version} versions late, max_staleness is {self._config.max_staleness}"
+    def _give_up_as_too_late(self, task: _Task) -> None:
+        late = self._version - task.version
+        reason = f"{late} version{'s' * (late != 1)} late, max_staleness is {self._config.max_staleness}"
+        task.state, task.failure, task.refusal = TaskState.FAILED, reason, reason
+        self._record(task.client_id).failed += 1
 
     def _is_given_up(self) -> bool:
         """The run was stopped before its last round: what comes now is for whoever takes it up again."""
@@ -928,16 +944,16 @@ class Engine:
     def _cancel_hopeless(self) -> None:
         """Whoever is so late that the update would be refused need not go on; it stays busy until it has heard so."""
         oldest = self._version - self._config.max_staleness
-        for task_id, task in self._tasks.items():
-            if task.version >= oldest or task.state not in (TaskState.WORKING, TaskState.LOST):
+        for member in self._members:
+            task_id = member.fit_task or ""
+            task = self._tasks.get(task_id)
+            if task is None or task.version >= oldest or task.state is not TaskState.WORKING:
                 continue
-            task.state, task.reason = TaskState.FAILED, self._too_late(task)
-            self._record(task.client_id).failed += 1
+            self._give_up_as_too_late(task)
+            cancelled, round_ = member.client_id, self._committed_rounds
             self._out += [
-                c.CancelTask(client_id=task.client_id, task_id=task_id, reason=task.reason),
-                c.FitCancelled(
-                    client_id=task.client_id, task_id=task_id, round=self._committed_rounds, reason=task.reason
-                ),
+                c.CancelTask(client_id=cancelled, task_id=task_id, reason=task.failure),
+                c.FitCancelled(client_id=cancelled, task_id=task_id, round=round_, reason=task.failure),
             ]
 
     # ---- federated evaluation ------------------------------------------------------------------------------------

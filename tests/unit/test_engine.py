@@ -442,7 +442,7 @@ def test_an_update_beyond_max_staleness_is_refused_with_the_reason() -> None:
     story.update("b", 1)
     story.commit()
     refusal = one(story.update("c", 1), c.Settle)
-    assert (refusal.outcome, refusal.reason) == (Outcome.REFUSED, "1 versions late, max_staleness is 0")
+    assert (refusal.outcome, refusal.reason) == (Outcome.REFUSED, "1 version late, max_staleness is 0")
 
 
 def test_the_polynomial_discount_is_the_papers() -> None:

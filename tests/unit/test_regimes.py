@@ -476,6 +476,43 @@ def test_nobody_is_asked_for_the_initial_model_after_the_end() -> None:
     assert story.happens(e.TasksInDoubt()) == []
 
 
+def test_when_several_leases_end_at_once_no_place_goes_to_one_of_them() -> None:
+    story = Story(min_fit_clients=2, over_selection=1.0, lease_s=20.0)
+    story.join("a", "b", "c", "d", "e")
+    story.wait(15)
+    story.beat("e")
+    said = story.wait(6)
+    assert len(all_of(said, c.MemberLost)) == 4
+    assert tasked(said) == {"e"}
+
+
+def test_whoever_left_for_good_is_not_told_to_stop() -> None:
+    story = Story(max_staleness=0, min_fit_clients=2)
+    story.join("a", "b", "c")
+    story.happens(e.ClientLeft(client_id="c", session="c", reason="bye"))
+    story.update("a", 1)
+    story.update("b", 1)
+    assert all_of(story.commit(), c.CancelTask) == []
+    assert story.engine.records["c"].failed == 0
+
+
+def test_whoever_is_back_and_still_at_work_on_a_task_of_an_earlier_round_is_given_no_other() -> None:
+    story = Story(min_fit_clients=2, lease_s=20.0, timeout_s=1000.0)
+    story.join("a", "b", "c")
+    story.wait(15)
+    story.beat("a", "b")
+    story.wait(10)
+    assert one(story.said, c.MemberLost).client_id == "c"
+    story.update("a", 1)
+    story.update("b", 1)
+    story.commit()
+    said = story.happens(e.ClientHeard(client_id="c", session="c", fit_task="run/fit/1/c"))
+    assert all_of(said, c.SendFitTask) == []
+    said = story.update("c", 1)
+    assert one(said, c.Fold).staleness == 1
+    assert tasked(said) == {"c"}
+
+
 # ---- what each client has done ---------------------------------------------------------------------------------------
 
 
