@@ -805,7 +805,9 @@ class Engine:
             self._out.append(c.EvaluateFailed(client_id=event.client_id, round=round_, reason=event.reason))
             return
         task = self._tasks.get(event.task_id)
-        if task is not None and task.client_id == event.client_id and task.state is TaskState.WORKING:
+        if self._phase in (Phase.DRAINING, Phase.ENDED):
+            self._idle(event)  # what became of it is of no interest any more
+        elif task is not None and task.client_id == event.client_id and task.state is TaskState.WORKING:
             self._out.append(
                 c.FitFailed(client_id=event.client_id, task_id=event.task_id, round=task.round, reason=event.reason)
             )
@@ -933,6 +935,15 @@ class Engine:
             self._cancel_hopeless()
         if is_new_model and self._stop is None:
             self._open_evaluation(round_.number)
+        if is_last:
+            self._stop_training()
+
+    def _stop_training(self) -> None:
+        """The rounds are over: whoever is asked to evaluate need not finish a fit first that nobody wants."""
+        asked = {client for evaluation in self._evaluations.values() for client in evaluation.outstanding.values()}
+        for client_id, task_id in [(m.client_id, m.fit_task) for m in self._members if m.client_id in asked]:
+            if task_id is not None:
+                self._out.append(c.CancelTask(client_id=client_id, task_id=task_id, reason="the last round is over"))
 
     def _let_go_of_held(self) -> None:
         """No round will open for the updates that waited for one."""

@@ -372,6 +372,21 @@ def test_in_asynchronous_rounds_too_who_never_answers_is_asked_again_when_its_ti
     assert tasked(story.wait(50)) == {b.client_id}  # the round is open for 50 s more
 
 
+def test_who_is_asked_to_evaluate_the_last_model_need_not_finish_training_first() -> None:
+    story = Story(min_fit_clients=1, num_rounds=2, fraction_evaluate=1.0)
+    story.join("a", "b")
+    story.update("a", 1)
+    story.commit()  # a evaluates version 1, and trains
+    story.update("b", 1)
+    said = story.commit()
+    stopped = one(said, c.CancelTask)
+    assert (stopped.client_id, stopped.task_id, stopped.reason) == ("a", "run/fit/2/a", "the last round is over")
+    assert story.happens(e.TaskFailed(client_id="a", task_id="run/fit/2/a", reason="it was told to stop")) == []
+    for round_, client in ((1, "a"), (2, "b")):
+        said = story.happens(e.EvaluateReported(client_id=client, task_id=f"run/evaluate/{round_}/{client}"))
+    assert one(said, c.EndRun).finished
+
+
 # ---- comings and goings ----------------------------------------------------------------------------------------------
 
 
