@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from fedbus.errors import ConfigError
 
@@ -172,6 +173,14 @@ Selection: TypeAlias = Uniform | Oort | Tiers
 # ---- rounds ----------------------------------------------------------------------------------------------------------
 
 
+_NOBODY_WAITS: Final[Mapping[str, Any]] = {
+    "fraction_evaluate": 0.0,
+    "staleness": Polynomial(0.5),
+    "timeout_s": 86_400.0,
+}
+"""What the asynchronous presets take for granted: an unfinished version keeps nobody waiting."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundConfig:
     """How rounds open and close. Four presets set what belongs together: `synchronous`, `semi_synchronous`,
@@ -244,20 +253,21 @@ class RoundConfig:
     def buffered(cls, k: int = 10, **settings: Any) -> RoundConfig:
         """FedBuff (Nguyen et al. 2022): all idle clients train on the newest model; `k` updates make the next one.
 
-        An update that is tau versions late counts 1 / sqrt(1 + tau). No federated evaluation unless it is asked for.
+        An update that is tau versions late counts 1 / sqrt(1 + tau). Unless it is asked for there is no federated
+        evaluation, and `timeout_s`, after which a version is made of fewer updates, is a day.
         """
         fixed = {"min_fit_clients": k, "is_asynchronous": True}
-        return cls._preset("buffered", fixed, {"fraction_evaluate": 0.0, "staleness": Polynomial(0.5), **settings})
+        return cls._preset("buffered", fixed, {**_NOBODY_WAITS, **settings})
 
     @classmethod
     def asynchronous(cls, alpha: float = 0.6, **settings: Any) -> RoundConfig:
         """FedAsync (Xie et al. 2019): all idle clients train on the newest model; each update makes the next one.
 
-        The model becomes (1 - a) of itself plus a of the client's, a = `alpha` * s(tau). No federated evaluation
-        unless it is asked for.
+        The model becomes (1 - a) of itself plus a of the client's, a = `alpha` * s(tau). Unless it is asked for there
+        is no federated evaluation, and `timeout_s` is a day.
         """
         fixed = {"min_fit_clients": 1, "is_asynchronous": True, "mixing": alpha}
-        return cls._preset("asynchronous", fixed, {"fraction_evaluate": 0.0, "staleness": Polynomial(0.5), **settings})
+        return cls._preset("asynchronous", fixed, {**_NOBODY_WAITS, **settings})
 
     @classmethod
     def _preset(cls, name: str, fixed: dict[str, Any], settings: dict[str, Any]) -> RoundConfig:

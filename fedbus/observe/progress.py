@@ -86,7 +86,8 @@ class Board:
             case o.RunStarted():
                 self._run, self._needed = event, event.start_clients
             case o.MemberJoined():
-                self._clients.setdefault(event.client_id, _ClientRow()).state = "idle"
+                self._row(event.client_id).state = "idle"
+                self._row(event.client_id).note = ""
                 self._needed = event.needed
                 if event.round:
                     self.announce(sentence(event), "cyan")

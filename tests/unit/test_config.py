@@ -56,16 +56,26 @@ def fields(rounds: RoundConfig) -> dict[str, Any]:
         (RoundConfig.synchronous(7), {"min_fit_clients": 7, "over_selection": 1.0}),
         (RoundConfig.semi_synchronous(10), {"min_fit_clients": 10, "over_selection": 1.3}),
         (RoundConfig.semi_synchronous(10, 2), {"min_fit_clients": 10, "over_selection": 2}),
-        (RoundConfig.buffered(), {"min_fit_clients": 10, "is_asynchronous": True, "fraction_evaluate": 0.0}),
+        (
+            RoundConfig.buffered(),
+            {"min_fit_clients": 10, "is_asynchronous": True, "timeout_s": 86_400.0, "fraction_evaluate": 0.0},
+        ),
         (
             RoundConfig.asynchronous(),
-            {"min_fit_clients": 1, "is_asynchronous": True, "mixing": 0.6, "fraction_evaluate": 0.0},
+            {
+                "min_fit_clients": 1,
+                "is_asynchronous": True,
+                "timeout_s": 86_400.0,
+                "mixing": 0.6,
+                "fraction_evaluate": 0.0,
+            },
         ),
         (
             RoundConfig.asynchronous(0.9, staleness=Hinge(), fraction_evaluate=0.5, concurrency=4),
             {
                 "min_fit_clients": 1,
                 "is_asynchronous": True,
+                "timeout_s": 86_400.0,
                 "mixing": 0.9,
                 "staleness": Hinge(10, 4),
                 "fraction_evaluate": 0.5,
