@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -50,5 +52,16 @@ class ClientRecord:
         if utility is not None:
             self.utility = utility
 
+    def to_json(self) -> str:
+        """One object of all fields."""
+        return json.dumps({name: getattr(self, name) for name in _FIELDS})
+
+    @classmethod
+    def from_json(cls, text: str) -> ClientRecord:
+        """The record that `to_json` gave."""
+        return cls(**json.loads(text))
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(ClientRecord))
 
 ClientRecords: TypeAlias = Mapping[str, ClientRecord]

@@ -137,7 +137,7 @@ class Ledger:
                 (oldest,),
             ).fetchall()
             clients = {
-                client_id: ClientRecord(**json.loads(text))
+                client_id: ClientRecord.from_json(text)
                 for client_id, text in self._db.execute("SELECT client_id, record FROM clients ORDER BY client_id")
             }
         self._epoch = epoch
@@ -189,9 +189,10 @@ class Ledger:
         *,
         seconds: float,
         max_staleness: int,
-        clients: Iterable[ClientRecord] = (),
+        clients: Iterable[tuple[str, str]] = (),
     ) -> None:
-        """Make a round durable: its record, its updates (task_id, client_id, staleness), what `clients` have done.
+        """Make a round durable: its record, its updates (task_id, client_id, staleness), and what `clients`
+        have done (client_id, a `ClientRecord` as JSON).
 
         Its checkpoint must be durable already. Raises `sqlite3.IntegrityError` for an update that is in the ledger.
         """
@@ -200,8 +201,7 @@ class Ledger:
             self._db.execute("INSERT INTO rounds VALUES (?, ?, ?)", (record.round, record.version, _text(record)))
             rows = ((task_id, client_id, record.round, staleness) for task_id, client_id, staleness in folded)
             self._db.executemany("INSERT INTO folded VALUES (?, ?, ?, ?)", rows)
-            rows_of_clients = ((each.client_id, json.dumps(dataclasses.asdict(each))) for each in clients)
-            self._db.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?)", rows_of_clients)
+            self._db.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?)", clients)
             self._db.execute("DELETE FROM tasks WHERE version < ?", (record.version - max_staleness,))
 
     def save_end(self, history: History) -> None:

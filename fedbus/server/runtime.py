@@ -52,7 +52,6 @@ from fedbus.errors import (
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
-from fedbus.rounds.clients import ClientRecord
 from fedbus.rounds.commands import Outcome
 from fedbus.rounds.engine import Engine, Fate
 from fedbus.rounds.restored import Restored, RestoredTask
@@ -966,10 +965,11 @@ class Server:
             await asyncio.to_thread(self._persist_model, commit)
         self._history.rounds.append(record)
 
-    def _concerned(self, record: RoundRecord) -> list[ClientRecord]:
-        """What those have done so far who had a part in the round."""
+    def _concerned(self, record: RoundRecord) -> list[tuple[str, str]]:
+        """What those have done so far who had a part in the round; as of now, for it goes into another thread."""
         names = {*record.cohort, *record.clients, *record.lost, *record.failed, *record.refused}
-        return [dataclasses.replace(self._history.clients[name]) for name in names if name in self._history.clients]
+        known = self._history.clients
+        return [(name, known[name].to_json()) for name in names if name in known]
 
     async def _keep_if_finite(self, command: c.Commit, model: dict[str, Array]) -> None:
         """Finite updates can add up to more than the dtype holds: then the model stays, and the round is empty."""
