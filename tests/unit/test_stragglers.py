@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import defaultdict
@@ -109,13 +110,13 @@ async def test_a_task_that_was_not_begun_is_dropped_when_it_is_cancelled() -> No
     rounds = RoundConfig(num_rounds=12, min_fit_clients=2, min_available_clients=3, max_staleness=1, **settings)
     async with federation(app(versions, rounds)) as story:
         serving = story.start_server()
-        for name in ("a", "b", "slow"):
-            story.start_client(name)
+        clients = [story.start_client(name) for name in ("a", "b", "slow")]
         cancelled = await story.until(o.TaskCancelled, client_id="slow")
         await story.until(o.CohortGrew)  # it is asked again
         before = len(versions.trained["slow"])
         versions.gates["slow evaluates"].set()
         await serving
+        await asyncio.gather(*clients)
         assert cancelled.round > 1
         assert cancelled.round - 1 not in versions.trained["slow"][before:]
 
