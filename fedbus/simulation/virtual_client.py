@@ -177,6 +177,8 @@ class VirtualClient:
             while (begin := max(start, back_at)) < end:
                 await asyncio.sleep(begin - now())
                 back_at = await self._take_part(end)
+                if back_at == math.inf:  # the run is over, and presence may go on for ever
+                    return
 
     async def _take_part(self, until: float) -> float:
         """One life of the client's process; when the next one may begin, inf when the run is over."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from fedbus.errors import ConfigError
 
 _TRACE = "trace:"
+_MAX_SIGMA = 10.0
+"""Beyond it a factor of e^60 between two clients is nothing unusual."""
+_SHORTEST_S = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ class VirtualTime:
         for name in ("evaluate_s", "bandwidth_spread"):
             if _number(name, getattr(self, name)) < 0:
                 raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.bandwidth_spread > _MAX_SIGMA:
+            raise ConfigError(f"bandwidth_spread must be {_MAX_SIGMA:g} at most, not {self.bandwidth_spread}")
         if not 0 <= _number("dropout", self.dropout) <= 1:
             raise ConfigError(f"dropout must be a probability, in [0, 1], not {self.dropout}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -96,12 +101,13 @@ class VirtualTime:
         if self.speeds.startswith(_TRACE) and rest:
             return Trace(path=rest)
         sigmas = _numbers(rest)
-        if kind == "lognormal" and len(sigmas) in (1, 2) and min(sigmas) >= 0:
+        if kind == "lognormal" and len(sigmas) in (1, 2) and min(sigmas) >= 0 and max(sigmas) <= _MAX_SIGMA:
             return Lognormal(sigma=sigmas[0], jitter=sigmas[-1] if len(sigmas) == 2 else 0.0)
         if self.speeds == "constant":
             return Lognormal()
         raise ConfigError(
-            f"speeds must be constant, lognormal:SIGMA, lognormal:SIGMA:JITTER or trace:FILE, not {self.speeds!r}"
+            f"speeds must be constant, lognormal:SIGMA, lognormal:SIGMA:JITTER or trace:FILE, with SIGMA and JITTER in "
+            f"[0, {_MAX_SIGMA:g}], not {self.speeds!r}"
         )
 
     @property
@@ -112,10 +118,11 @@ class VirtualTime:
         if self.availability.startswith(_TRACE) and self.availability != _TRACE:
             return Trace(path=self.availability.removeprefix(_TRACE))
         means = _numbers(self.availability)
-        if len(means) == 2 and min(means) > 0:
+        if len(means) == 2 and min(means) >= _SHORTEST_S:
             return OnOff(on_s=means[0], off_s=means[1])
         raise ConfigError(
-            f"availability must be always, ON:OFF in seconds (600:300) or trace:FILE, not {self.availability!r}"
+            f"availability must be always, ON:OFF in seconds (600:300), each {_SHORTEST_S:g} or more, or trace:FILE, "
+            f"not {self.availability!r}"
         )
 
     @property

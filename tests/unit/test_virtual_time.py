@@ -178,6 +178,9 @@ def test_some_clients_are_away_when_the_run_begins() -> None:
         ({"speeds": "constant:2"}, "speeds must be"),
         ({"availability": "600"}, "availability must be always, ON:OFF"),
         ({"availability": "600:0"}, "availability must be"),
+        ({"availability": "600:1e-9"}, "availability must be"),
+        ({"speeds": "lognormal:1000"}, "speeds must be"),
+        ({"bandwidth": 1e6, "bandwidth_spread": 1e6}, "bandwidth_spread must be 10 at most"),
         ({"availability": "trace:"}, "availability must be"),
         ({"bandwidth": 0}, "bandwidth must be bytes per second"),
         ({"bandwidth": "1e6:fast"}, "bandwidth must be"),
@@ -421,6 +424,13 @@ def test_clients_know_their_partition() -> None:
 
     play(3, client_fn=client_fn)
     assert seen == {"client-01": (0, 3), "client-02": (1, 3), "client-03": (2, 3)}
+
+
+@pytest.mark.parametrize("num_clients", [3, 20, 60])
+def test_a_run_ends_however_many_clients_come_and_go_for_ever(num_clients: int) -> None:
+    rounds = {"num_rounds": 5, "min_fit_clients": 3, "is_asynchronous": True, "timeout_s": 1e6}
+    history = play(num_clients, rounds=rounds, speeds="lognormal:1.0", availability="600:300")
+    assert len(history.rounds) == 5
 
 
 def test_a_client_gives_the_initial_model_where_the_app_has_none() -> None:
