@@ -59,8 +59,8 @@ class App:
 
     Args:
         client_fn: makes a client's `Client` or `NumPyClient`; called once in each client process.
-        strategy: how updates become the next model; None takes what suits the rounds: FedAsync for asynchronous ones
-            of one update each, FedBuff for other asynchronous ones, FedAvg else.
+        strategy: how updates become the next model; None takes what suits the rounds: FedAsync for
+            `RoundConfig.asynchronous`, FedBuff for other asynchronous ones, FedAvg else.
         initial_parameters: the model to begin with (name -> array, or a list of arrays), or a function that makes
             it; None asks one of the clients for its `get_parameters`.
         evaluate_fn: central evaluation, (round, {name: array}) -> (loss, metrics); runs beside the rounds.
@@ -123,9 +123,9 @@ class App:
 
 
 def _default_strategy(rounds: RoundConfig) -> Strategy:
-    if not rounds.is_asynchronous:
-        return _FED_AVG
-    return _FED_ASYNC if rounds.min_fit_clients == 1 else _FED_BUFF
+    if rounds.mixing is not None:
+        return _FED_ASYNC
+    return _FED_BUFF if rounds.is_asynchronous else _FED_AVG
 
 
 def _check_takes(function: Callable[..., object], name: str, arguments: str, count: int) -> None:

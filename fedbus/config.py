@@ -33,20 +33,26 @@ def _at_least(least: int, **values: int) -> None:
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(_number(name, value)) and value > 0):
             raise ConfigError(f"{name} must be a positive number of seconds, not {value}")
 
 
 def _not_negative(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
+        if not (math.isfinite(_number(name, value)) and value >= 0):
             raise ConfigError(f"{name} must be 0 or more, not {value}")
 
 
 def _share(**values: float) -> None:
     for name, value in values.items():
-        if not 0 <= value <= 1:
+        if not 0 <= _number(name, value) <= 1:
             raise ConfigError(f"{name} must be in [0, 1], not {value}")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, not {value!r}")
+    return value
 
 
 # ---- staleness -------------------------------------------------------------------------------------------------------
@@ -176,9 +182,11 @@ Selection: TypeAlias = Uniform | Oort | Tiers
 _NOBODY_WAITS: Final[Mapping[str, Any]] = {
     "fraction_evaluate": 0.0,
     "staleness": Polynomial(0.5),
+    "max_staleness": 1000,
     "timeout_s": 86_400.0,
 }
-"""What the asynchronous presets take for granted: an unfinished version keeps nobody waiting."""
+"""What the asynchronous presets take for granted: an unfinished version keeps nobody waiting, and with n clients an
+update is about n / k versions late as a matter of course."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +214,7 @@ class RoundConfig:
         lease_s: seconds of silence after which a client is taken for lost.
         staleness: s(tau), what an update that is tau versions late still counts.
         max_staleness: versions beyond which a late update is refused, and its client told to stop training for it.
-        mixing: alpha of FedAsync, which every update is multiplied with, in (0, 1].
+        mixing: alpha of FedAsync, in (0, 1]; None for other strategies.
         selection: who is asked when there are more idle clients than places.
 
     Raises:
@@ -228,7 +236,7 @@ class RoundConfig:
     lease_s: float = 20.0
     staleness: Staleness = Polynomial()
     max_staleness: int = 20
-    mixing: float = 1.0
+    mixing: float | None = None
     selection: Selection = Uniform()
 
     @classmethod
@@ -253,8 +261,8 @@ class RoundConfig:
     def buffered(cls, k: int = 10, **settings: Any) -> RoundConfig:
         """FedBuff (Nguyen et al. 2022): all idle clients train on the newest model; `k` updates make the next one.
 
-        An update that is tau versions late counts 1 / sqrt(1 + tau). Unless it is asked for there is no federated
-        evaluation, and `timeout_s`, after which a version is made of fewer updates, is a day.
+        An update that is tau versions late counts 1 / sqrt(1 + tau). Unless you say otherwise there is no federated
+        evaluation, `max_staleness` is 1000, and `timeout_s`, after which a version is made of fewer updates, is a day.
         """
         fixed = {"min_fit_clients": k, "is_asynchronous": True}
         return cls._preset("buffered", fixed, {**_NOBODY_WAITS, **settings})
@@ -263,8 +271,8 @@ class RoundConfig:
     def asynchronous(cls, alpha: float = 0.6, **settings: Any) -> RoundConfig:
         """FedAsync (Xie et al. 2019): all idle clients train on the newest model; each update makes the next one.
 
-        The model becomes (1 - a) of itself plus a of the client's, a = `alpha` * s(tau). Unless it is asked for there
-        is no federated evaluation, and `timeout_s` is a day.
+        The model becomes (1 - a) of itself plus a of the client's, a = `alpha` * s(tau). Unless you say otherwise there
+        is no federated evaluation, `max_staleness` is 1000 and `timeout_s` a day.
         """
         fixed = {"min_fit_clients": 1, "is_asynchronous": True, "mixing": alpha}
         return cls._preset("asynchronous", fixed, {**_NOBODY_WAITS, **settings})
@@ -288,13 +296,14 @@ class RoundConfig:
         if self.evaluate_timeout_s is not None:
             _positive(evaluate_timeout_s=self.evaluate_timeout_s)
         _positive(heartbeat_s=self.heartbeat_s, lease_s=self.lease_s)
-        if not 0 < self.fraction_fit <= 1:
+        if not isinstance(self.is_asynchronous, bool):
+            raise ConfigError(f"is_asynchronous must be True or False, not {self.is_asynchronous!r}")
+        if not 0 < _number("fraction_fit", self.fraction_fit) <= 1:
             raise ConfigError(f"fraction_fit must be in (0, 1], not {self.fraction_fit}")
-        if not 0 <= self.fraction_evaluate <= 1:
-            raise ConfigError(f"fraction_evaluate must be in [0, 1], not {self.fraction_evaluate}")
-        if math.isnan(self.grace_s) or self.grace_s < 0:
+        _share(fraction_evaluate=self.fraction_evaluate)
+        if math.isnan(_number("grace_s", self.grace_s)) or self.grace_s < 0:
             raise ConfigError(f"grace_s must be 0 or more, not {self.grace_s}")
-        if not 0 < self.mixing <= 1:
+        if self.mixing is not None and not 0 < _number("mixing (alpha)", self.mixing) <= 1:
             raise ConfigError(f"mixing (alpha) must be in (0, 1], not {self.mixing}")
         if not isinstance(self.staleness, Staleness):
             raise ConfigError(f"staleness must be Constant(), Polynomial(a) or Hinge(a, b), not {self.staleness!r}")
@@ -310,12 +319,17 @@ class RoundConfig:
     def _check_regime(self) -> None:
         """What would contradict one another is refused: neither wish could be kept."""
         if self.over_selection is not None:
-            if not (math.isfinite(self.over_selection) and self.over_selection >= 1):
+            if not (math.isfinite(_number("over_selection", self.over_selection)) and self.over_selection >= 1):
                 raise ConfigError(f"over_selection must be 1 or more, not {self.over_selection}")
             if self.fraction_fit != 1:
                 raise ConfigError(
                     "over_selection and fraction_fit both say how many clients are asked in a round: set one of them"
                 )
+        if self.mixing is not None and not (self.is_asynchronous and self.min_fit_clients == 1):
+            raise ConfigError(
+                f"mixing={self.mixing} (alpha) is FedAsync's, which makes a version of each update: use "
+                "RoundConfig.asynchronous(alpha)"
+            )
         if not self.is_asynchronous:
             if self.concurrency is not None:
                 raise ConfigError(
@@ -343,6 +357,10 @@ class RoundConfig:
         if self.min_available_clients is not None:
             return self.min_available_clients
         return 1 if self.is_asynchronous else self.min_fit_clients
+
+    def discount(self, staleness: int) -> float:
+        """What an update so many versions late counts: s(tau), times alpha where there is one."""
+        return self.staleness(staleness) * (1.0 if self.mixing is None else self.mixing)
 
     def cohort_size(self, living: int) -> int:
         """How many clients a round asks when `living` are there; those that it cannot have yet may come later."""

@@ -24,13 +24,8 @@ class FedAvg(Strategy):
     def check(self, rounds: RoundConfig) -> None:
         if rounds.is_asynchronous and rounds.min_fit_clients == 1:
             raise ConfigError(
-                "FedAvg weighs updates against one another, and rounds of one update have nothing to weigh: "
-                "use strategy=FedAsync(), or FedBuff()"
-            )
-        if rounds.mixing != 1:
-            raise ConfigError(
-                f"mixing={rounds.mixing} would cancel in FedAvg's weights: leave it out, or use strategy=FedAsync() "
-                "with RoundConfig.asynchronous()"
+                "with one update a round FedAvg's weights cancel, and staleness would not count: leave the strategy "
+                "out, or use RoundConfig.buffered(k)"
             )
 
     def init(self, model: Tensors) -> StreamingMean:

@@ -38,9 +38,10 @@ class FedBuff(Strategy):
         return f"FedBuff(server_learning_rate={self.server_learning_rate})"
 
     def check(self, rounds: RoundConfig) -> None:
-        if rounds.mixing != 1:
+        if rounds.mixing is not None:
             raise ConfigError(
-                f"mixing={rounds.mixing} belongs to FedAsync: leave it out and use FedBuff(server_learning_rate=...)"
+                "RoundConfig.asynchronous() is for FedAsync: leave the strategy out, or use RoundConfig.buffered(k) "
+                "with FedBuff"
             )
 
     def init(self, model: Tensors) -> StreamingMean:

@@ -136,7 +136,9 @@ class _Player:
                 self._committing = (self._now + self._commit_s, command)
         if said or is_written:
             self.transcript.append(f"{self._now:7g}  {text}")
-            self.transcript += [_INDENT + say(command, self._tasks, self._scenario.config.mixing) for command in said]
+            self.transcript += [
+                _INDENT + say(command, self._tasks, self._scenario.config.mixing or 1.0) for command in said
+            ]
 
     def _session(self, client: str, life: int | None = None) -> str:
         return f"{client}/{self._lives.get(client, 1) if life is None else life}"

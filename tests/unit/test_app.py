@@ -29,7 +29,7 @@ def app_of(**settings: Any) -> fb.App:
         (RoundConfig.synchronous(5), fb.FedAvg),
         (RoundConfig.semi_synchronous(5), fb.FedAvg),
         (RoundConfig.buffered(5), fb.FedBuff),
-        (RoundConfig.buffered(1), fb.FedAsync),
+        (RoundConfig.buffered(1), fb.FedBuff),
         (RoundConfig.asynchronous(), fb.FedAsync),
     ],
 )
@@ -71,31 +71,20 @@ def test_a_strategy_of_ones_own_stays_whatever_the_rounds() -> None:
         (
             fb.FedAvg(),
             RoundConfig.buffered(1),
-            "FedAvg weighs updates against one another, and rounds of one update have nothing to weigh: "
-            "use strategy=FedAsync(), or FedBuff()",
+            "with one update a round FedAvg's weights cancel, and staleness would not count: leave the strategy "
+            "out, or use RoundConfig.buffered(k)",
         ),
         (
             fb.FedAvg(),
             RoundConfig.asynchronous(),
-            "FedAvg weighs updates against one another, and rounds of one update have nothing to weigh: "
-            "use strategy=FedAsync(), or FedBuff()",
+            "with one update a round FedAvg's weights cancel, and staleness would not count: leave the strategy "
+            "out, or use RoundConfig.buffered(k)",
         ),
         (
-            fb.FedAvg(),
-            RoundConfig.buffered(4, mixing=0.5),
-            "mixing=0.5 would cancel in FedAvg's weights: leave it out, or use strategy=FedAsync() with "
-            "RoundConfig.asynchronous()",
-        ),
-        (
-            None,
-            RoundConfig(mixing=0.5),
-            "mixing=0.5 would cancel in FedAvg's weights: leave it out, or use strategy=FedAsync() with "
-            "RoundConfig.asynchronous()",
-        ),
-        (
-            None,
-            RoundConfig.buffered(4, mixing=0.5),
-            "mixing=0.5 belongs to FedAsync: leave it out and use FedBuff(server_learning_rate=...)",
+            fb.FedBuff(),
+            RoundConfig.asynchronous(),
+            "RoundConfig.asynchronous() is for FedAsync: leave the strategy out, or use RoundConfig.buffered(k) with "
+            "FedBuff",
         ),
     ],
 )

@@ -37,7 +37,7 @@ DEFAULTS = {
     "lease_s": 20.0,
     "staleness": Polynomial(0.5),
     "max_staleness": 20,
-    "mixing": 1.0,
+    "mixing": None,
     "selection": Uniform(),
 }
 
@@ -58,7 +58,13 @@ def fields(rounds: RoundConfig) -> dict[str, Any]:
         (RoundConfig.semi_synchronous(10, 2), {"min_fit_clients": 10, "over_selection": 2}),
         (
             RoundConfig.buffered(),
-            {"min_fit_clients": 10, "is_asynchronous": True, "timeout_s": 86_400.0, "fraction_evaluate": 0.0},
+            {
+                "min_fit_clients": 10,
+                "is_asynchronous": True,
+                "timeout_s": 86_400.0,
+                "max_staleness": 1000,
+                "fraction_evaluate": 0.0,
+            },
         ),
         (
             RoundConfig.asynchronous(),
@@ -66,6 +72,7 @@ def fields(rounds: RoundConfig) -> dict[str, Any]:
                 "min_fit_clients": 1,
                 "is_asynchronous": True,
                 "timeout_s": 86_400.0,
+                "max_staleness": 1000,
                 "mixing": 0.6,
                 "fraction_evaluate": 0.0,
             },
@@ -76,6 +83,7 @@ def fields(rounds: RoundConfig) -> dict[str, Any]:
                 "min_fit_clients": 1,
                 "is_asynchronous": True,
                 "timeout_s": 86_400.0,
+                "max_staleness": 1000,
                 "mixing": 0.9,
                 "staleness": Hinge(10, 4),
                 "fraction_evaluate": 0.5,
@@ -154,6 +162,16 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"grace_s": -1.0}, "grace_s must be 0 or more, not -1.0"),
     ({"grace_s": NAN}, "grace_s must be 0 or more, not nan"),
+    (
+        {"mixing": 0.5},
+        "mixing=0.5 (alpha) is FedAsync's, which makes a version of each update: use RoundConfig.asynchronous(alpha)",
+    ),
+    ({"mixing": "x"}, "mixing (alpha) must be a number, not 'x'"),
+    ({"over_selection": "x"}, "over_selection must be a number, not 'x'"),
+    ({"over_selection": True}, "over_selection must be a number, not True"),
+    ({"is_asynchronous": "no"}, "is_asynchronous must be True or False, not 'no'"),
+    ({"timeout_s": "x"}, "timeout_s must be a number, not 'x'"),
+    ({"grace_s": None}, "grace_s must be a number, not None"),
     ({"mixing": 0.0}, "mixing (alpha) must be in (0, 1], not 0.0"),
     ({"mixing": 1.1}, "mixing (alpha) must be in (0, 1], not 1.1"),
     ({"mixing": NAN}, "mixing (alpha) must be in (0, 1], not nan"),
@@ -201,7 +219,7 @@ def test_what_cannot_work_is_refused_with_its_reason(settings: dict[str, Any], m
     "settings",
     [
         {"num_rounds": 1, "min_fit_clients": 1, "min_available_clients": 1, "max_staleness": 0},
-        {"fraction_fit": 1e-9, "fraction_evaluate": 0.0, "mixing": 1e-9},
+        {"fraction_fit": 1e-9, "fraction_evaluate": 0.0},
         {"heartbeat_s": 5.0, "lease_s": 10.0, "grace_s": INF},
         {"over_selection": 1.0, "fraction_fit": 1.0},
         {"is_asynchronous": True, "concurrency": 1, "min_fit_clients": 10},

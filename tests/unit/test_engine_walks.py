@@ -160,7 +160,7 @@ class _Watch:
         assert fold.task_id not in self.committed | {earlier.task_id for earlier in self.folds}, "folded twice"
         assert fold.staleness == self.version - task.version
         assert 0 <= fold.staleness <= self.config.max_staleness
-        assert fold.discount == self.config.mixing * self.config.staleness(fold.staleness)
+        assert fold.discount == self.config.discount(fold.staleness)
         assert 0 < fold.discount <= 1
         self.folds.append(fold)
 
