@@ -13,7 +13,7 @@ A federation is a vhost: the names need no prefix of their own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 MODEL = "fedbus.model"
 TASKS = "fedbus.tasks"
@@ -120,12 +120,16 @@ def client_inbox(client_id: str, message_queues: MessageQueueKind = "classic") -
     )
 
 
-def model_stream(model_bytes: int) -> Topology:
-    """The stream of model versions, kept for at least four versions of `model_bytes`.
+_MANY_VERSIONS_BYTES: Final = 8 << 30
+
+
+def model_stream(model_bytes: int, *, versions: int = 4) -> Topology:
+    """The stream of model versions, kept for at least `versions` of `model_bytes`; of more than four, up to 8 GiB.
 
     The bound is a power of two, so that models of about the same size find the stream of the run before usable.
     """
-    max_bytes = 1 << max(28, (4 * model_bytes - 1).bit_length())
+    kept_bytes = max(4 * model_bytes, min(versions * model_bytes, _MANY_VERSIONS_BYTES))
+    max_bytes = 1 << max(28, (kept_bytes - 1).bit_length())
     return Topology(
         exchanges=(Exchange(name=MODEL, kind="fanout"),),
         queues=(Queue(name=MODEL, kind="stream", max_bytes=max_bytes, segment_bytes=max_bytes // 4),),

@@ -461,14 +461,19 @@ class ClientRuntime:
         still_here = asyncio.get_running_loop().call_later(task.timeout_s / 2, self._heartbeat_due.set)
         try:
             client = await self._user_client()
-            outgoing, num_examples, metrics = await self._in_thread(
-                "fit", _fit, client, await self._model_of(task), task.config
-            )
+            model = await self._model_of(task)
+            if not self._is_wanted(task):
+                return
+            outgoing, num_examples, metrics = await self._in_thread("fit", _fit, client, model, task.config)
+            del model
         finally:
             still_here.cancel()
-        # Else the run ended while we trained, or it took us too long: nobody wants it.
-        if task.run_id == self._run_id and task.task_id not in self._cancelled:
+        if self._is_wanted(task):
             await self._upload(task, outgoing, num_examples, metrics)
+
+    def _is_wanted(self, task: m.FitTask) -> bool:
+        """Whether its run goes on, and it is not too late for it."""
+        return task.run_id == self._run_id and task.task_id not in self._cancelled
 
     async def _evaluate(self, task: m.EvaluateTask) -> None:
         client = await self._user_client()

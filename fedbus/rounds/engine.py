@@ -35,6 +35,9 @@ from fedbus.rounds.membership import Member, Membership
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.rounds.selection import select
 
+_REMEMBERED_ROUNDS: Final = 20
+"""How long the engine itself knows what became of a task that has ended."""
+
 
 class Phase(Enum):
     WAITING = "waiting"
@@ -209,6 +212,15 @@ class Engine:
         return {member.client_id: member.fit_task for member in self._members if member.fit_task is not None}
 
     @property
+    def versions_in_use(self) -> set[int]:
+        """The versions that an update may still come of."""
+        states = (TaskState.WORKING, TaskState.LOST, TaskState.HELD)
+        return {task.version for task in self._tasks.values() if task.state in states or self._is_uncommitted(task)}
+
+    def _is_uncommitted(self, task: _Task) -> bool:
+        return task.state is TaskState.FOLDED and task.folded_in > self._committed_rounds
+
+    @property
     def heard_through(self) -> float:
         """Whatever clients had said by then has been taken in."""
         return self._members.heard_through
@@ -362,12 +374,18 @@ class Engine:
 
     def _adopt_task_in_hand(self, member: Member) -> None:
         """Somebody who was given up is back, still at work: it need not be given another task."""
-        task = self._tasks.get(member.at_work_on)
-        if member.fit_task is None and task is not None and task.client_id == member.client_id:
-            is_of_round = self._round is not None and self._round.cohort.get(member.client_id) == member.at_work_on
-            if task.state is TaskState.LOST and not is_of_round:  # else it takes its place again
-                task.state = TaskState.WORKING
-                self._give(member, member.at_work_on)
+        task_id = member.at_work_on
+        task = self._tasks.get(task_id)
+        if member.fit_task is not None or task is None or task.client_id != member.client_id:
+            return
+        is_of_round = self._round is not None and self._round.cohort.get(member.client_id) == task_id
+        if task.state is TaskState.LOST and not is_of_round:  # else it takes its place again
+            task.state = TaskState.WORKING
+            self._give(member, task_id)
+        elif task.state is TaskState.FAILED:  # it was told to stop, by a server that died with the word unsaid
+            self._give(member, task_id)
+            reason = task.failure or task.refusal
+            self._out.append(c.CancelTask(client_id=member.client_id, task_id=task_id, reason=reason))
 
     def _take_place_again(self, member: Member) -> None:
         """Somebody who was lost in this round is back: its task is still its own."""
@@ -605,7 +623,7 @@ class Engine:
         """How many more clients the round would take."""
         size = self._config.cohort_size(len(self._members))
         if self._config.is_asynchronous:
-            return size - self._members.num_busy(self._now)
+            return size - self._members.num_in_time(self._now)  # one that hangs must not hold a place for ever
         return size - (len(round_.cohort) - len(round_.lost) - len(round_.failed))
 
     def _eligible(self, round_: _Round) -> list[str]:
@@ -656,13 +674,18 @@ class Engine:
         return f"{self._run_id}/{kind}/{round_}/{client_id}"
 
     def _forget_old_tasks(self) -> None:
-        """Drop what would be refused as too stale anyway: the table stays as long as the window."""
+        """Drop what would be refused as too stale, and what has long ended: the ledger knows those that are folded."""
         oldest = self._version - self._config.max_staleness
+        recent = self._number - _REMEMBERED_ROUNDS
         working = {member.fit_task for member in self._members}
+        ended = (TaskState.FOLDED, TaskState.FAILED)
         self._tasks = {
             task_id: task
             for task_id, task in self._tasks.items()
-            if task.version >= oldest or task_id in working or task.state is TaskState.HELD
+            if (task.version >= oldest and (task.state not in ended or task.round >= recent))
+            or task_id in working
+            or task.state is TaskState.HELD
+            or self._is_uncommitted(task)
         }
 
     # ---- updates -------------------------------------------------------------------------------------------------
@@ -745,7 +768,7 @@ class Engine:
                     version=task.version,
                     staleness=staleness,
                     seconds=seconds,
-                    discount=self._config.mixing * self._config.staleness(staleness),
+                    discount=self._config.discount(staleness),
                 )
             )
         if not self._is_enough(self._round):
@@ -870,7 +893,7 @@ class Engine:
         its lease ends: its place is given to another at once, but if there is no other the round waits for it.
         """
         has_room = self._config.is_asynchronous or self._places(round_) > 0
-        return has_room and (bool(self._returns(round_)) or self._members.num_busy(self._now) > 0)
+        return has_room and (bool(self._returns(round_)) or self._members.is_anybody_busy(self._now))
 
     def _returns(self, round_: _Round) -> list[float]:
         """Until when those of the cohort who lost their connection may still be back."""

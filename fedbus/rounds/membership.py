@@ -111,9 +111,14 @@ class Membership:
         self._pass_time(now)
         return [*self._idle.values(), *(member for member in self._overdue.values() if not member.is_busy(now))]
 
-    def num_busy(self, now: float) -> int:
+    def num_in_time(self, now: float) -> int:
+        """Members at work who still have time for it."""
         self._pass_time(now)
-        return len(self._busy) + sum(member.is_busy(now) for member in self._overdue.values())
+        return len(self._busy)
+
+    def is_anybody_busy(self, now: float) -> bool:
+        self._pass_time(now)
+        return bool(self._busy) or any(member.is_busy(now) for member in self._overdue.values())
 
     def next_due(self, now: float) -> float:
         """When the time of a member for its task ends next."""

@@ -13,7 +13,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
@@ -103,13 +103,13 @@ class RunFolder:
         (self.path / "checkpoints").mkdir(exist_ok=True)
         save_model(self._checkpoint(version), model, {"run_id": run_id, "version": str(version)})
 
-    def settle_checkpoint(self, version: int, *, keep: int = 0) -> None:
-        """The ledger names `version` now: make it model.safetensors, too, and delete all but `keep` before it."""
+    def settle_checkpoint(self, version: int, *, keep: Collection[int] = ()) -> None:
+        """The ledger names `version` now: make it model.safetensors, too, and delete the others but for `keep`."""
         link = self.path / f".model.{secrets.token_hex(4)}"
         os.link(self._checkpoint(version), link)
         link.replace(self.path / "model.safetensors")
         link.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
-        kept = {self._checkpoint(each) for each in range(version - keep, version + 1)}
+        kept = {self._checkpoint(each) for each in (*keep, version)}
         for other in (self.path / "checkpoints").iterdir():
             if other not in kept:
                 other.unlink(missing_ok=True)

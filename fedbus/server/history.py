@@ -107,6 +107,19 @@ class History:
         """Updates folded in all rounds together."""
         return sum(len(record.folded) for record in self.rounds)
 
+    def snapshot(self) -> History:
+        """It as of now, for another thread: what is added or noted later does not show."""
+        return dataclasses.replace(
+            self,
+            clients_joined=list(self.clients_joined),
+            clients_lost=list(self.clients_lost),
+            clients_left=list(self.clients_left),
+            clients={name: dataclasses.replace(record) for name, record in self.clients.items()},
+            rounds=[
+                dataclasses.replace(record, evaluate_failed=dict(record.evaluate_failed)) for record in self.rounds
+            ],
+        )
+
     def head(self) -> dict[str, Any]:
         """All but the rounds and the clients."""
         return {

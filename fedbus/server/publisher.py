@@ -26,12 +26,15 @@ class ModelPublisher:
     Publishers are not told offsets, and offsets are not consecutive: RabbitMQ takes one for itself whenever a segment
     of the stream is full. So messages are counted, which never gives too much, and the end of the stream is looked up
     now and then. Readers begin at the offset that they are told and skip what is not theirs.
+
+    `versions`: how many the stream keeps at least, for those who read slowly (see `model_stream`).
     """
 
-    def __init__(self, bus: Bus, *, run_id: str, epoch: int) -> None:
+    def __init__(self, bus: Bus, *, run_id: str, epoch: int, versions: int = 4) -> None:
         self._bus = bus
         self._run_id = run_id
         self._epoch = epoch
+        self._versions = versions
         self._next_offset: int | None = None  # at least; the true one may lie behind
         self._last: tuple[str, int] | None = None  # transfer and index of the part published last
         self._unseen_bytes = 0
@@ -82,7 +85,7 @@ class ModelPublisher:
             self._unseen_bytes = 0
 
     async def _declare(self, model_bytes: int) -> None:
-        topology = model_stream(model_bytes)
+        topology = model_stream(model_bytes, versions=self._versions)
         try:
             await self._bus.declare(topology)
         except QueueMismatch:

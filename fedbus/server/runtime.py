@@ -89,6 +89,8 @@ _HISTORY_SHARE = 0.05
 _SMALL_BYTES = 4 << 20
 """Models up to here are folded and checked on the event loop, in a few milliseconds."""
 _NOTES_EVERY_S = 0.2
+_ASYNCHRONOUS_VERSIONS = 32
+"""What the stream keeps where a version may be made of each update: so many come while somebody fetches one."""
 
 
 class _Events:
@@ -165,7 +167,7 @@ class Server:
         self._bus = bus
         self._observers = tuple(observers)
         self._folder = None if run_dir is None else RunFolder(run_dir, resume=resume)
-        self._bases = Bases(self._folder, keep=app.rounds.max_staleness if app.strategy.needs_base else 0)
+        self._bases = Bases(self._folder)
         self._ledger = Ledger(None)
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
@@ -179,7 +181,7 @@ class Server:
         )
         self._last_commit: LastCommit | None = None
         self._tidied_at = self._history_due_at = -math.inf
-        self._publisher = ModelPublisher(bus, run_id=self._run_id, epoch=self._epoch)
+        self._publisher = self._make_publisher()
         self._events = _Events()
         self._replies: asyncio.Queue[tuple[str, m.InboxMessage]] = asyncio.Queue()  # to upload requests
         self._outbound: asyncio.Queue[tuple[str, m.InboxMessage, float | None]] = asyncio.Queue(1024)
@@ -211,6 +213,10 @@ class Server:
         self._intake: UpdateIntake | None = None
         self._engine: Engine | None = None
         self._presence: Presence | None = None
+
+    def _make_publisher(self) -> ModelPublisher:
+        versions = _ASYNCHRONOUS_VERSIONS if self._app.rounds.is_asynchronous else 4
+        return ModelPublisher(self._bus, run_id=self._run_id, epoch=self._epoch, versions=versions)
 
     @property
     def history(self) -> History:
@@ -342,7 +348,7 @@ class Server:
         else:
             self._ledger.begin(self._history)
             self._started_at = now()
-        self._publisher = ModelPublisher(self._bus, run_id=self._run_id, epoch=self._epoch)
+        self._publisher = self._make_publisher()
         if self._history.finished:
             assert self._folder is not None
             await asyncio.to_thread(self._folder.save_history, self._history)
@@ -852,6 +858,11 @@ class Server:
             raise RunFailed(f"the checkpoint of version {command.version} is gone, and the strategy needs it")
         return base
 
+    def _keep_base(self) -> None:
+        """The current version is one that updates will be based on."""
+        if self._app.strategy.needs_base and self._model is not None:
+            self._bases.add(self._version, self._model, in_use=self._bases_in_use())
+
     async def _adopt(self, update: StagedUpdate) -> None:
         """Begin with the model that a client gave."""
         assert update.tensors is not None
@@ -864,7 +875,7 @@ class Server:
         assert self._intake is not None
         self._model_bytes = sum(value.nbytes for value in model.values())
         self._intake.expect(model)
-        self._bases.add(0, model)
+        self._keep_base()
         del model
         publishing = await self._publish(self._make_initial_durable())
         self._events.put(e.ModelReady())
@@ -890,7 +901,7 @@ class Server:
         assert self._model is not None
         self._model_bytes = sum(value.nbytes for value in self._model.values())
         intake.expect(self._model)
-        self._bases.add(self._version, self._model)
+        self._keep_base()
         await self._tidy()
         publishing = await self._publish(asyncio.sleep(0))
         rounds = self._history.rounds
@@ -987,7 +998,7 @@ class Server:
             return
         self._model = _frozen(model)
         self._version += 1
-        self._bases.add(self._version, self._model)
+        self._keep_base()
 
     async def _publish(self, durable: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Publish the model while it is made durable; returns when both clients may begin to read and it is durable.
@@ -1014,7 +1025,8 @@ class Server:
     def _turnaround_s(self, command: c.Commit) -> float | None:
         if command.reason is not c.CloseReason.MIN_FIT_CLIENTS or self._closed_by is None:
             return None
-        return round(self._head_out_at - self._closed_by, 6)
+        began_at = max(self._closed_by, command.opened_at)  # it may have waited for another commit
+        return round(self._head_out_at - began_at, 6)
 
     def _note_head_out(self, _: asyncio.Future[int]) -> None:
         self._head_out_at = now()
@@ -1046,16 +1058,23 @@ class Server:
         began_at = self._tidied_at = time.monotonic()
         if self._folder is None:
             return
+        # What goes into the thread must not change under it.
+        history, bases = self._history.snapshot() if with_history else None, self._bases_in_use()
 
         def tidy(folder: RunFolder) -> None:
             with _disk():
-                if with_history:
-                    folder.save_history(self._history)
+                if history is not None:
+                    folder.save_history(history)
                     self._history_due_at = time.monotonic() + (time.monotonic() - began_at) / _HISTORY_SHARE
                 if self._durable_version is not None:
-                    folder.settle_checkpoint(self._durable_version, keep=self._bases.keep)
+                    folder.settle_checkpoint(self._durable_version, keep=bases)
 
         await asyncio.to_thread(tidy, self._folder)
+
+    def _bases_in_use(self) -> set[int]:
+        """The versions that somebody still works on, where the strategy needs them."""
+        is_needed = self._app.strategy.needs_base and not self._history.finished and self._engine is not None
+        return set(self._engine.versions_in_use) if is_needed and self._engine is not None else set()
 
     def _record(self, command: c.Commit, folded: list[FoldedUpdate]) -> RoundRecord:
         refused, self._refused = self._refused, {}

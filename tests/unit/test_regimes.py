@@ -238,6 +238,29 @@ def test_a_doubt_about_an_old_task_is_none_about_the_new_one() -> None:
     assert one(story.update("a", 2), c.Commit).lost == ("c",)
 
 
+def test_a_client_that_hangs_in_its_fit_does_not_hold_a_place_for_ever() -> None:
+    story = buffered(2, concurrency=1, timeout_s=10.0, lease_s=1000.0)
+    task = one(story.join("a"), c.SendFitTask)
+    story.join("b")
+    story.happens(e.ClientHeard(client_id="a", session="a", fit_task=task.task_id))
+    said = story.wait(10) + story.commit()
+    assert tasked(said) == {"b"}
+
+
+def test_whoever_names_a_task_that_it_was_told_to_stop_is_told_again_once_and_asked_when_it_has() -> None:
+    failed = RestoredTask(
+        task_id="run/fit/1/a", client_id="a", round=1, version=0, state="failed", reason="2 versions late"
+    )
+    restored = Restored(rounds=2, version=2, clients=("a", "b"), tasks=(failed,))
+    engine = Engine(RoundConfig.buffered(2, num_rounds=5), seed=0, run_id="run", restored=restored, now=0.0)
+    at_work = e.ClientHeard(client_id="a", session="a", fit_task="run/fit/1/a")
+    assert one(engine.handle(at_work, 1.0), c.CancelTask).reason == "2 versions late"
+    assert all_of(engine.handle(at_work, 2.0), c.CancelTask) == []
+    assert tasked(engine.handle(e.ModelReady(), 3.0)) == {"b"}
+    stopped = e.TaskFailed(client_id="a", task_id="run/fit/1/a", reason="it was told to stop")
+    assert tasked(engine.handle(stopped, 4.0)) == {"a"}
+
+
 # ---- over-selection --------------------------------------------------------------------------------------------------
 
 

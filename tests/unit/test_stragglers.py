@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedbus.bus.topology import inbox
+from fedbus.bus.topology import inbox, model_stream
+from fedbus.client.reader import ModelReader, Place
 from fedbus.config import RoundConfig
 from fedbus.observe import events as o
+from fedbus.rounds.clients import ClientRecord
+from fedbus.server.checkpoint import RunFolder
+from fedbus.server.history import History
 from fedbus.training.base import Client, ClientContext
-from fedbus.types import Config, EvaluateResult, FitResult, Tensors
+from fedbus.types import Array, Config, EvaluateResult, FitResult, Tensors
 from tests.kit import Counting, Gate, app_of, federation
 
 QUICK: dict[str, Any] = {"heartbeat_s": 0.05, "lease_s": 5.0, "timeout_s": 30.0, "fraction_evaluate": 0}
@@ -119,6 +123,32 @@ async def test_a_task_that_was_not_begun_is_dropped_when_it_is_cancelled() -> No
         await asyncio.gather(*clients)
         assert cancelled.round > 1
         assert cancelled.round - 1 not in versions.trained["slow"][before:]
+
+
+async def test_a_task_that_is_cancelled_while_its_model_is_fetched_is_never_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = Versions()
+    versions.looks_at_cancelled = False
+    may_read = asyncio.Event()
+    read = ModelReader.read
+
+    async def slow_read(reader: ModelReader, place: Place) -> dict[str, Array]:
+        if place.version == 0 and reader is story.clients["slow"]._reader:
+            await may_read.wait()
+        return await read(reader, place)
+
+    monkeypatch.setattr(ModelReader, "read", slow_read)
+    rounds = RoundConfig(num_rounds=30, min_fit_clients=2, min_available_clients=3, max_staleness=1, **QUICK)
+    async with federation(app(versions, rounds)) as story:
+        serving = story.start_server()
+        clients = [story.start_client(name) for name in ("a", "b", "slow")]
+        await story.until(o.FitCancelled)
+        await asyncio.sleep(0.01)  # the word is on its way
+        may_read.set()
+        await serving
+        await asyncio.gather(*clients)
+        assert 0 not in versions.trained["slow"]
 
 
 # ---- longer than the timeout -----------------------------------------------------------------------------------------
@@ -252,7 +282,7 @@ async def test_fedasync_mixes_in_the_model_that_a_late_client_trained_not_its_st
         assert max(update.staleness for record in history.rounds for update in record.folded) > 2
         np.testing.assert_allclose(story.model()["w"], by_hand[-1], rtol=1e-5)
     if keeps_a_folder:
-        assert len(list((tmp_path / "checkpoints").iterdir())) <= 41
+        assert len(list((tmp_path / "checkpoints").iterdir())) == 1  # the earlier ones are of no use any more
 
 
 async def test_fedbuff_adds_the_discounted_steps_and_divides_by_their_number() -> None:
@@ -282,6 +312,34 @@ async def test_fedasync_goes_on_after_a_restart_with_updates_of_versions_before_
         (late, *_) = [u for record in history.rounds for u in record.folded if u.client_id == "slow"]
         assert late.staleness >= 3
         assert history.finished
+
+
+def test_the_stream_keeps_more_versions_where_each_update_makes_one() -> None:
+    def kept(model_bytes: int, versions: int) -> int | None:
+        return model_stream(model_bytes, versions=versions).queues[0].max_bytes
+
+    assert kept(1 << 20, 32) == kept(1 << 20, 4) == 256 << 20
+    assert (kept(32 << 20, 4), kept(32 << 20, 32)) == (256 << 20, 1 << 30)
+    assert (kept(1 << 30, 4), kept(1 << 30, 32)) == (4 << 30, 8 << 30)
+    assert kept(4 << 30, 32) == 16 << 30
+
+
+async def test_what_is_written_to_disk_does_not_change_under_the_thread_that_writes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save = RunFolder.save_history
+
+    def save_while_clients_come(folder: RunFolder, history: History) -> None:
+        assert story.server is not None
+        before = history.to_json()
+        story.server.history.clients[f"late-{len(story.server.history.clients)}"] = ClientRecord(client_id="late")
+        story.server.history.clients_joined.append("late")
+        assert history.to_json() == before
+        save(folder, history)
+
+    monkeypatch.setattr(RunFolder, "save_history", save_while_clients_come)
+    async with federation(app_of(rounds={"num_rounds": 3, "fraction_evaluate": 0}), run_dir=tmp_path) as story:
+        assert (await story.run("a", "b")).finished
 
 
 async def test_an_asynchronous_run_goes_on_where_its_server_was_killed(tmp_path: Path) -> None:
