@@ -38,7 +38,7 @@ class Regime:
         return self.make(max(1, round(trainings / self.trainings_per_round)))
 
 
-_ASYNCHRONOUS: Final = {"max_staleness": 1000, "min_available_clients": NUM_USERS}
+_ASYNCHRONOUS: Final = {"min_available_clients": NUM_USERS}
 _SYNCHRONOUS: Final = {"fraction_evaluate": 0.0, "min_available_clients": NUM_USERS, "timeout_s": 1e6}
 
 REGIMES: Final = (
