@@ -209,7 +209,7 @@ class RoundConfig:
         grace_s: seconds that a round stays open for more updates once `min_fit_clients` are folded; `inf`
             waits for the whole cohort, as Flower does.
         evaluate_timeout_s: seconds after which a federated evaluation closes with what came; None means
-            `timeout_s`.
+            `timeout_s`, 600 at most.
         heartbeat_s: seconds between a client's signs of life.
         lease_s: seconds of silence after which a client is taken for lost.
         staleness: s(tau), what an update that is tau versions late still counts.
@@ -361,6 +361,11 @@ class RoundConfig:
     def discount(self, staleness: int) -> float:
         """What an update so many versions late counts: s(tau), times alpha where there is one."""
         return self.staleness(staleness) * (1.0 if self.mixing is None else self.mixing)
+
+    @property
+    def evaluation_s(self) -> float:
+        """Seconds that a federated evaluation stays open."""
+        return min(self.timeout_s, 600.0) if self.evaluate_timeout_s is None else self.evaluate_timeout_s
 
     def cohort_size(self, living: int) -> int:
         """How many clients a round asks when `living` are there; those that it cannot have yet may come later."""

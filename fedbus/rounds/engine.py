@@ -31,6 +31,7 @@ from fedbus.rounds import events as e
 from fedbus.rounds.clients import ClientRecord, ClientRecords
 from fedbus.rounds.cohort import sample
 from fedbus.rounds.commands import CloseReason, Command, Outcome
+from fedbus.rounds.evaluation import Evaluations
 from fedbus.rounds.membership import Member, Membership
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.rounds.selection import select
@@ -95,16 +96,6 @@ class _Round:
     recheck_at: float = math.inf  # when somebody who is busy now may be asked after all
 
 
-@dataclass(slots=True)
-class _Evaluation:
-    round: int
-    version: int
-    closes_at: float
-    outstanding: dict[str, str]  # task_id -> client_id
-    reported: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-
 _RESTORED_STATES: Final[Mapping[str, TaskState]] = {
     "working": TaskState.WORKING,
     "folded": TaskState.FOLDED,
@@ -153,7 +144,7 @@ class Engine:
         self._round: _Round | None = None
         self._tasks: dict[str, _Task] = {}
         self._held: deque[e.UpdateReceived] = deque()
-        self._evaluations: dict[int, _Evaluation] = {}
+        self._evaluations = Evaluations()
         self._follow_up: list[Command] = []  # goes out once the next round's tasks have
         self._committed_rounds = 0
         self._stop: str | None = None
@@ -258,7 +249,7 @@ class Engine:
 
     def awaits_report(self, task_id: str, client_id: str) -> bool:
         """Whether an evaluation of this client is due."""
-        return any(evaluation.outstanding.get(task_id) == client_id for evaluation in self._evaluations.values())
+        return self._evaluations.awaits(task_id, client_id)
 
     # ---- input ---------------------------------------------------------------------------------------------------
 
@@ -288,7 +279,7 @@ class Engine:
             case e.ClientUnreachable():
                 self._unreachable(event)
             case e.EvaluateReported():
-                self._evaluated(event.task_id, event.client_id, reported=True)
+                self._evaluations.answered(event.task_id, event.client_id, reported=True)
             case e.RoundCommitted():
                 self._committed(event)
             case e.Reconnected():
@@ -320,7 +311,7 @@ class Engine:
         times = [self._members.next_expiry()]
         if self._round is not None and self._phase is Phase.OPEN:
             times += [self._round.closes_at, self._round.recheck_at, *self._returns(self._round)]
-        times += [evaluation.closes_at for evaluation in self._evaluations.values()]
+        times += self._evaluations.deadlines()
         if self._parameters_task is not None:
             times.append(self._parameters_due_at)
         return min((time for time in times if time is not None and time < math.inf), default=None)
@@ -336,7 +327,7 @@ class Engine:
             if self._round is not None and self._round.recheck_at <= self._now < self._round.closes_at:
                 self._grow_cohort()
             self._close_if_due()
-        self._close_evaluations()
+        self._out += self._evaluations.close_due(self._now, is_stopped=self._stop is not None)
         self._end_if_due()
         out, self._out = self._out, []
         return out
@@ -450,11 +441,8 @@ class Engine:
             is_repeated = open_round is not None and self._is_of_cohort(open_round, member)
             if member.fit_task is not None and not is_repeated and only in (None, member.client_id):
                 member.is_in_doubt = True
-        for evaluation in self._evaluations.values():
-            if evaluation.version != self._version:
-                continue  # long asked for: what is left of it is in the inboxes
-            asked = {task: client for task, client in evaluation.outstanding.items() if only in (None, client)}
-            self._out += self._evaluate_tasks(evaluation, asked)
+        # Those about earlier versions were asked for long ago: what is left of them is in the inboxes.
+        self._out += self._evaluations.tasks(self._version, self._now, only=only)
 
     def _left(self, event: e.ClientLeft) -> None:
         member = self._members.get(event.client_id)
@@ -474,11 +462,7 @@ class Engine:
         )
         if self._parameters_task is not None and self._parameters_task[1] == member.client_id:
             self._parameters_task = None
-        for evaluation in self._evaluations.values():
-            for task_id, client_id in list(evaluation.outstanding.items()):
-                if client_id == member.client_id:
-                    del evaluation.outstanding[task_id]
-                    evaluation.missing.append(client_id)
+        self._evaluations.forget_client(member.client_id)
         task = self._tasks.get(member.fit_task or "")
         if task is None:
             return
@@ -823,7 +807,7 @@ class Engine:
         if self._parameters_task is not None and self._parameters_task[0] == event.task_id:
             self._parameters_failed(event.task_id, event.reason)
             return
-        round_ = self._evaluated(event.task_id, event.client_id, reported=False)
+        round_ = self._evaluations.answered(event.task_id, event.client_id, reported=False)
         if round_ is not None:
             self._out.append(c.EvaluateFailed(client_id=event.client_id, round=round_, reason=event.reason))
             return
@@ -963,7 +947,7 @@ class Engine:
 
     def _stop_training(self) -> None:
         """The rounds are over: whoever is asked to evaluate need not finish a fit first that nobody wants."""
-        asked = {client for evaluation in self._evaluations.values() for client in evaluation.outstanding.values()}
+        asked = self._evaluations.outstanding()
         for client_id, task_id in [(m.client_id, m.fit_task) for m in self._members if m.client_id in asked]:
             if task_id is not None:
                 self._out.append(c.CancelTask(client_id=client_id, task_id=task_id, reason="the last round is over"))
@@ -999,51 +983,14 @@ class Engine:
         chosen = sample(self._seed, round_, "evaluate", idle, size)
         if not chosen:
             return
-        timeout_s = self._config.evaluate_timeout_s or self._config.timeout_s
-        outstanding = {self._task_id("evaluate", round_, client_id): client_id for client_id in chosen}
-        evaluation = _Evaluation(round_, self._version, self._now + timeout_s, outstanding)
-        self._evaluations[round_] = evaluation
-        self._follow_up += self._evaluate_tasks(evaluation, outstanding)
+        asked = {self._task_id("evaluate", round_, client_id): client_id for client_id in chosen}
+        self._evaluations.begin(round_, self._version, self._now + self._config.evaluation_s, asked)
+        self._follow_up += self._evaluations.tasks(self._version, self._now)
 
     def _holds_up(self, member: Member, round_: int) -> bool:
         """Whether it still works on a task of this round, or of one before."""
         task = self._tasks.get(member.fit_task or "")
         return task is not None and task.round <= round_ and member.is_busy(self._now)
-
-    def _evaluate_tasks(self, evaluation: _Evaluation, asked: Mapping[str, str]) -> list[c.SendEvaluateTask]:
-        return [
-            c.SendEvaluateTask(
-                client_id=client_id,
-                task_id=task_id,
-                round=evaluation.round,
-                version=evaluation.version,
-                timeout_s=max(0.0, evaluation.closes_at - self._now),
-            )
-            for task_id, client_id in asked.items()
-        ]
-
-    def _evaluated(self, task_id: str, client_id: str, *, reported: bool) -> int | None:
-        """Take an answer; the round whose model it is about, None for an answer nobody waits for."""
-        for evaluation in self._evaluations.values():
-            if evaluation.outstanding.get(task_id) == client_id:
-                del evaluation.outstanding[task_id]
-                (evaluation.reported if reported else evaluation.missing).append(client_id)
-                return evaluation.round
-        return None
-
-    def _close_evaluations(self) -> None:
-        for round_, evaluation in list(self._evaluations.items()):
-            if evaluation.outstanding and self._now < evaluation.closes_at and self._stop is None:
-                continue
-            del self._evaluations[round_]
-            self._out.append(
-                c.CloseEvaluation(
-                    round=round_,
-                    version=evaluation.version,
-                    reported=tuple(evaluation.reported),
-                    missing=(*evaluation.missing, *evaluation.outstanding.values()),
-                )
-            )
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
