@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ from fedbus.observe import events as o
 from fedbus.rounds.clients import ClientRecord
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import History
+from fedbus.strategies.fedbuff import FedBuff
 from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, EvaluateResult, FitResult, Tensors
 from tests.kit import Counting, Gate, app_of, federation
@@ -342,23 +344,34 @@ async def test_what_is_written_to_disk_does_not_change_under_the_thread_that_wri
         assert (await story.run("a", "b")).finished
 
 
-async def test_an_asynchronous_run_goes_on_where_its_server_was_killed(tmp_path: Path) -> None:
+async def test_an_asynchronous_run_whose_server_is_killed_again_and_again_has_the_model_that_its_ledger_tells(
+    tmp_path: Path,
+) -> None:
     counting = Counting()
-    rounds = RoundConfig.buffered(2, num_rounds=12, min_available_clients=3, **QUICK)
-    made = counting.app()
-    made.rounds = rounds
+    made = counting.app(strategy=FedBuff())
+    made.rounds = RoundConfig.buffered(2, num_rounds=14, min_available_clients=3, **QUICK)
     async with federation(made, run_dir=tmp_path) as story:
         story.start_server()
         for name in ("c1", "c2", "c3"):
             story.start_client(name)
-        for round_ in (2, 5, 8):
+        for round_ in (2, 5, 8, 11):
             await story.until(o.RoundClosed, round=round_)
             await story.kill_server()
             serving = story.resume_server()
         history = await serving
-        assert [record.version for record in history.rounds] == list(range(1, 13))
+        assert [record.version for record in history.rounds] == list(range(1, 15))
         assert all(len(record.folded) == 2 for record in history.rounds)
         assert history.clients["c1"].folded == sum(u.client_id == "c1" for r in history.rounds for u in r.folded)
+        db = sqlite3.connect(tmp_path / "ledger.sqlite")
+        rows = db.execute("SELECT task_id, staleness FROM folded").fetchall()
+        db.close()
+        assert len(rows) == len({task_id for task_id, _ in rows}) == 28
+        by_hand = np.zeros(3)
+        for task_id, staleness in rows:
+            _, _, round_, client, *_ = task_id.split("/")
+            step = np.random.default_rng([*client.encode(), int(round_)]).normal(size=3)
+            by_hand += step * (1 + staleness) ** -0.5 / 2
+        np.testing.assert_allclose(story.model()["w"], by_hand, atol=1e-5)
 
 
 @pytest.mark.parametrize("client", ["a", "b"])
