@@ -99,6 +99,11 @@ class App:
         for setting in ("update_queue", "message_queues"):
             if getattr(self, setting) not in ("quorum", "classic"):
                 raise ConfigError(f"{setting} must be 'quorum' or 'classic', not {getattr(self, setting)!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a whole number, not {self.seed!r}")
+        for name in ("fit_config", "evaluate_config"):
+            if not callable(getattr(self, name)):
+                _config(name, getattr(self, name), 1)
         _check_takes(self.client_fn, "client_fn", "(context)", 1)
         if self.evaluate_fn is not None:
             if not callable(self.evaluate_fn):

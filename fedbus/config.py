@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -155,13 +156,16 @@ class Oort:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tiers:
     """The cohort of a round comes from one group of about equally quick clients, after Chai et al. 2020 (TiFL).
 
     Clients are sorted by mean duration into `num_tiers` groups of about one size, those that have never answered into
     the slowest; each round draws a group, the same chance for each, and fills up from the groups next to it. Whoever
     was never tried comes first.
+
+    Args:
+        num_tiers: how many groups.
 
     Raises:
         ConfigError: when `num_tiers` is less than 2.
@@ -281,7 +285,11 @@ class RoundConfig:
     def _preset(cls, name: str, fixed: dict[str, Any], settings: dict[str, Any]) -> RoundConfig:
         unknown = sorted(set(settings) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ConfigError(f"RoundConfig.{name} knows no setting {unknown[0]!r}")
+            near = difflib.get_close_matches(unknown[0], cls.__dataclass_fields__, 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"RoundConfig.{name} knows no setting {unknown[0]!r}{hint}")
+        if "over_selection" in fixed and "fraction_fit" in settings:
+            raise ConfigError(f"RoundConfig.{name} says itself how many clients are asked: leave fraction_fit out")
         twice = sorted(set(fixed) & set(settings))
         if twice:
             raise ConfigError(f"RoundConfig.{name} sets {twice[0]} itself: leave it out, or use RoundConfig(...)")

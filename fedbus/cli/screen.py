@@ -119,7 +119,8 @@ def report(
     took = took or f"{history.seconds:.1f} s"
     typer.echo(f"{rounds} round{'s' * (rounds != 1)}, {history.updates} updates in {took}")
     for round_, evaluation in _last_evaluations(history):
-        by = "central" if evaluation.clients is None else f"by {evaluation.clients} clients"
+        count = evaluation.clients
+        by = "central" if count is None else f"by {count} client{'s' * (count != 1)}"
         metrics = {"loss": evaluation.loss, **evaluation.metrics}
         figures = ", ".join(f"{name} {number(value)}" for name, value in metrics.items())
         typer.echo(f"model of round {round_}, {by}: {figures}")
@@ -133,7 +134,7 @@ def show_clients(history: History) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("client", no_wrap=True)
-    for name in ("updates", "late", "most late", "mean s", "failed", "lost", "MiB"):
+    for name in ("updates", "late", "most late", "mean s", "failed", "stopped", "lost", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = sorted(history.clients.items())
     for name, record in rows[:_MAX_CLIENTS]:
@@ -142,7 +143,7 @@ def show_clients(history: History) -> None:
             Text(name),  # not markup
             *(f"{count}" for count in (record.folded, record.late, record.max_staleness)),
             mean_s,
-            *(f"{count}" for count in (record.failed, record.lost)),
+            *(f"{count}" for count in (record.failed, record.stopped, record.lost)),
             f"{record.nbytes / (1 << 20):.1f}",
         )
     Console(highlight=False).print(table)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO, TypeAlias
@@ -132,6 +132,11 @@ def _metrics(metrics: Mapping[str, object]) -> str:
     return shown + (f" and {len(metrics) - _MAX_METRICS} more" if len(metrics) > _MAX_METRICS else "")
 
 
+def _names(clients: Sequence[str]) -> str:
+    more = len(clients) - _MAX_NAMES
+    return ", ".join(clients[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
@@ -171,9 +176,7 @@ def _sentence(event: object) -> str:
             tasked = _plural(len(event.cohort), "client")
             return f"round {event.round}: {tasked} tasked with model {event.version}"
         case e.CohortGrew():
-            more = len(event.clients) - _MAX_NAMES
-            shown = ", ".join(event.clients[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
-            return f"round {event.round}: also tasked: {shown}"
+            return f"round {event.round}: also tasked: {_names(event.clients)}"
         case e.UpdateFolded():
             late = f", {_plural(event.staleness, 'version')} late" if event.staleness else ""
             examples = _plural(event.num_examples, "example")
@@ -187,7 +190,7 @@ def _sentence(event: object) -> str:
         case e.EvaluateFailed():
             return f"round {event.round}: {event.client_id} failed to evaluate: {event.reason}"
         case e.RoundClosed():
-            waits = f", still out: {', '.join(event.unfinished)}" if event.unfinished else ""
+            waits = f", still out: {_names(event.unfinished)}" if event.unfinished else ""
             return (
                 f"round {event.round} closed ({event.reason}) with {_plural(event.folded, 'update')} "
                 f"in {event.seconds:.2f} s: model {event.version}{_metrics(event.fit_metrics)}{waits}"

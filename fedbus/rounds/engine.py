@@ -762,7 +762,7 @@ class Engine:
         late = self._version - task.version
         reason = f"{late} version{'s' * (late != 1)} late, max_staleness is {self._config.max_staleness}"
         task.state, task.failure, task.refusal = TaskState.FAILED, reason, reason
-        self._record(task.client_id).failed += 1
+        self._record(task.client_id).stopped += 1
 
     def _is_given_up(self) -> bool:
         """The run was stopped before its last round: what comes now is for whoever takes it up again."""

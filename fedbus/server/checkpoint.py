@@ -62,7 +62,8 @@ class RunFolder:
         self._pages: np.memmap[Any, Any] | None = None
         if not resume and any((path / name).exists() for name in ("history.json", "ledger.sqlite")):
             raise ConfigError(
-                f"the run folder {path} holds a run already: name another one, or go on with that one (--resume)"
+                f"the run folder {path} holds a run already: name another one, or go on with that one "
+                "(fedbus server APP --run-dir ... --resume)"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)

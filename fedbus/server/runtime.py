@@ -31,6 +31,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from fedbus.app import App
 from fedbus.bus.base import Bus, Consumer, hold_patiently
 from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, ingress
@@ -64,7 +66,7 @@ from fedbus.server.presence import Presence
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.slots import eager_share
 from fedbus.server.staging import StagedUpdate, check_finite
-from fedbus.strategies.base import ClientUpdate
+from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import check_evaluate_result
 from fedbus.training.thread import Caller, UserThread
@@ -276,10 +278,16 @@ class Server:
             rounds = len(self._history.rounds)
             raise RunFailed(f"the run ended after {rounds} round{'s' * (rounds != 1)}: {self._history.reason}")
         if self._history.updates == 0:
-            raise RunFailed(
-                f"no update was accepted in any round; the last failure: {self._last_failure or 'none came'}"
-            )
+            raise RunFailed(f"no update was accepted in any round; {self._why_empty()}")
         return self._history
+
+    def _why_empty(self) -> str:
+        if self._last_failure:
+            return f"the last failure: {self._last_failure}"
+        if all(record.reason == c.CloseReason.TIMEOUT.value for record in self._history.rounds):
+            timeout_s = self._app.rounds.timeout_s
+            return f"each closed at timeout_s={timeout_s:g} before one came: raise it, if training takes longer"
+        return "none came"
 
     async def _run(self) -> None:
         if self._folder is not None:
@@ -923,7 +931,7 @@ class Server:
             state, self._fold_state = self._fold_state, None
             model = await self._aside(self._app.strategy.finish, state, self._model)
             del state
-            _check_same_kind(self._model, model)
+            _check_same_kind(self._app.strategy, self._model, model)
             await self._keep_if_finite(command, model)
             del model
         folded, self._folded = self._folded, []
@@ -1232,13 +1240,19 @@ def _settings(app: App) -> dict[str, Any]:
     return {
         "fedbus": version("fedbus"),
         "seed": app.seed,
-        "strategy": repr(app.strategy),
+        "strategy": _name_of(app.strategy),
         **{
             field.name: plain(repr(value) if dataclasses.is_dataclass(value) else value)
             for field in dataclasses.fields(app.rounds)
             for value in [getattr(app.rounds, field.name)]
         },
     }
+
+
+def _name_of(strategy: Strategy) -> str:
+    """As it shows itself; without an address, which no two runs share."""
+    has_words = type(strategy).__repr__ is not object.__repr__
+    return repr(strategy) if has_words else f"{type(strategy).__name__}()"
 
 
 def _is_committed(command: c.Settle) -> bool:
@@ -1269,12 +1283,16 @@ def _disk() -> Iterator[None]:
         raise RunFailed(f"the run folder cannot be written: {exc.strerror or exc}") from exc
 
 
-def _check_same_kind(old: dict[str, Array], new: dict[str, Array]) -> None:
+def _check_same_kind(strategy: Strategy, old: dict[str, Array], new: Any) -> None:
+    name = type(strategy).__name__
+    if not isinstance(new, dict) or not all(isinstance(value, np.ndarray) for value in new.values()):
+        raise RunFailed(f"{name}.finish must return {{tensor name: array}}, the next model, not {type(new).__name__}")
+
     def kind(model: dict[str, Array]) -> list[tuple[str, object, object]]:
         return [(name, value.shape, value.dtype) for name, value in model.items()]
 
     if kind(old) != kind(new):
-        raise RunFailed("the strategy's finish changed names, order, shapes or dtypes of the model")
+        raise RunFailed(f"{name}.finish changed names, order, shapes or dtypes of the model")
 
 
 def _describe(exc: BaseException) -> str:

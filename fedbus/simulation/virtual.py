@@ -56,7 +56,7 @@ def simulate(
         ConfigError: for settings, traces or a run folder that cannot be used.
         RunFailed: when the run was stopped, no update was ever accepted, or nothing can happen any more.
     """
-    _check(app, num_clients)
+    _check(app, num_clients, virtual)
     simulation = _Simulation(app, num_clients, virtual, None if run_dir is None else Path(run_dir), observers)
     if not _is_loop_running():
         return simulation.run()
@@ -69,7 +69,11 @@ def simulate(
             raise
 
 
-def _check(app: App, num_clients: int) -> None:
+def _check(app: App, num_clients: int, virtual: VirtualTime) -> None:
+    if not isinstance(app, App):
+        raise ConfigError(f"simulate takes an App, not {app!r}")
+    if not isinstance(virtual, VirtualTime):
+        raise ConfigError(f"virtual must be a VirtualTime(...), not {virtual!r}")
     if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 1:
         raise ConfigError(f"num_clients must be a whole number of 1 or more, not {num_clients!r}")
     if app.rounds.start_clients > num_clients:

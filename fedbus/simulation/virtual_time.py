@@ -97,6 +97,7 @@ class VirtualTime:
     @property
     def speed_model(self) -> Lognormal | Trace:
         """`speeds`, understood."""
+        _text("speeds", self.speeds)
         kind, _, rest = self.speeds.partition(":")
         if self.speeds.startswith(_TRACE) and rest:
             return Trace(path=rest)
@@ -113,6 +114,7 @@ class VirtualTime:
     @property
     def availability_model(self) -> OnOff | Trace | None:
         """`availability`, understood; None: always there."""
+        _text("availability", self.availability)
         if self.availability == "always":
             return None
         if self.availability.startswith(_TRACE) and self.availability != _TRACE:
@@ -142,6 +144,11 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a number, not {value!r}")
     return value
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be a string such as 'lognormal:1.0' or '600:300', not {value!r}")
 
 
 def _numbers(text: str) -> list[float]:

@@ -30,8 +30,9 @@ class FedBuff(Strategy):
     """
 
     def __init__(self, server_learning_rate: float = 1.0) -> None:
-        if not (math.isfinite(server_learning_rate) and server_learning_rate > 0):
-            raise ConfigError(f"server_learning_rate must be a positive number, not {server_learning_rate}")
+        is_number = isinstance(server_learning_rate, int | float) and not isinstance(server_learning_rate, bool)
+        if not (is_number and math.isfinite(server_learning_rate) and server_learning_rate > 0):
+            raise ConfigError(f"server_learning_rate must be a positive number, not {server_learning_rate!r}")
         self.server_learning_rate = server_learning_rate
 
     def __repr__(self) -> str:

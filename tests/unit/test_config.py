@@ -122,7 +122,15 @@ def test_a_preset_sets_this_and_leaves_the_rest(rounds: RoundConfig, differs: di
             lambda: RoundConfig.synchronous(5, over_selection=2),
             "RoundConfig.synchronous sets over_selection itself: leave it out, or use RoundConfig(...)",
         ),
-        (lambda: RoundConfig.semi_synchronous(5, rounds=3), "RoundConfig.semi_synchronous knows no setting 'rounds'"),
+        (
+            lambda: RoundConfig.semi_synchronous(5, rounds=3),
+            "RoundConfig.semi_synchronous knows no setting 'rounds': did you mean num_rounds?",
+        ),
+        (lambda: RoundConfig.buffered(K=3), "RoundConfig.buffered knows no setting 'K'"),
+        (
+            lambda: RoundConfig.synchronous(5, fraction_fit=0.5),
+            "RoundConfig.synchronous says itself how many clients are asked: leave fraction_fit out",
+        ),
     ],
 )
 def test_a_preset_refuses_what_it_sets_itself_and_what_nobody_knows(

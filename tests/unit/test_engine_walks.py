@@ -219,9 +219,9 @@ class _Watch:
             assert record.nbytes == len(mine)
             assert record.asked == self.asked[client]
             assert record.timed == sum(fold.seconds is not None for fold in mine)
-            assert record.folded + record.failed <= record.asked
+            assert record.folded + record.failed + record.stopped <= record.asked
             if is_first_server:
-                assert record.failed >= self.failed[client]
+                assert record.failed + record.stopped >= self.failed[client]
         assert all(records[client].asked for client, times in self.asked.items() if times)
 
 

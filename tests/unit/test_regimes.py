@@ -531,7 +531,7 @@ def test_whoever_left_for_good_is_not_told_to_stop() -> None:
     story.update("a", 1)
     story.update("b", 1)
     assert all_of(story.commit(), c.CancelTask) == []
-    assert story.engine.records["c"].failed == 0
+    assert story.engine.records["c"].stopped == 0
 
 
 def test_whoever_is_back_and_still_at_work_on_a_task_of_an_earlier_round_is_given_no_other() -> None:
@@ -573,9 +573,9 @@ def test_the_record_of_a_client_says_what_it_did() -> None:
 def test_a_record_counts_failures_losses_and_cancellations() -> None:
     story = Story(max_staleness=1, num_rounds=9)
     _, task = late_by_two(story)
-    assert story.engine.records["slow"].failed == 1
+    assert story.engine.records["slow"].stopped == 1
     answer(story, task)
-    assert story.engine.records["slow"].failed == 1
+    assert story.engine.records["slow"].stopped == 1
     story.happens(e.TaskFailed(client_id="a", task_id="run/fit/3/a", reason="no"))
     assert story.engine.records["a"].failed == 1
     story.happens(e.ClientLeft(client_id="b", session="b", reason="bye"))

@@ -49,10 +49,16 @@ def test_a_tensor_that_only_some_send_is_averaged_over_those() -> None:
     assert [float(new[name][0]) for name in "abc"] == [2.0, 4.0, 7.0]
 
 
-def test_a_discount_multiplies_the_weight() -> None:
+def test_a_late_update_counts_its_discount_of_what_it_would() -> None:
     model = {"w": np.zeros(1)}
     new = average(model, [({"w": np.ones(1)}, 10), ({"w": np.full(1, 4.0)}, 10)], [1.0, 0.5])
-    assert float(new["w"][0]) == pytest.approx((10 * 1 + 5 * 4) / 15)
+    assert float(new["w"][0]) == pytest.approx((10 * 1 + 5 * 4) / 20)
+
+
+def test_where_all_updates_are_late_the_model_moves_less() -> None:
+    model = {"w": np.zeros(1)}
+    new = average(model, [({"w": np.ones(1)}, 10), ({"w": np.full(1, 3.0)}, 10)], [0.5, 0.5])
+    assert float(new["w"][0]) == pytest.approx(1.0)  # half of what it would be in time
 
 
 def test_integers_take_the_rounded_mean() -> None:
@@ -275,10 +281,10 @@ def test_the_mean_is_that_of_plain_float64_sums(dtype: Any) -> None:
     new = FedAvg().finish(state, {name: value.astype(wide) for name, value in zeros.items()})
     for name in model:
         sent = [update for update in updates if name in update.delta]
-        weights = [update.num_examples * update.discount for update in sent]
-        terms = [update.delta[name].astype(wide) * weight for update, weight in zip(sent, weights, strict=True)]
-        largest = np.abs(terms).max() / sum(weights)
-        np.testing.assert_allclose(new[name], sum(terms) / sum(weights), rtol=0, atol=1e-9 * largest)
+        examples = sum(update.num_examples for update in sent)
+        terms = [update.delta[name].astype(wide) * (update.num_examples * update.discount) for update in sent]
+        largest = np.abs(terms).max() / examples
+        np.testing.assert_allclose(new[name], sum(terms) / examples, rtol=0, atol=1e-9 * largest)
 
 
 def test_small_elements_beside_a_large_one_take_their_updates() -> None:
