@@ -1010,3 +1010,35 @@ async def test_parts_of_another_version_are_not_mixed_in() -> None:
         await bus.publish("fedbus.model", "", encode(message))
     with pytest.raises(QueueMissing, match="not whole"):
         await ModelReader(bus).read(place(0, 0))
+
+
+@pytest.mark.parametrize(("returned", "kind"), [(None, "NoneType"), ([np.zeros(3)], "list"), ({"w": 1.0}, "dict")])
+async def test_a_strategy_that_returns_something_else_than_a_model_fails_the_run_in_one_line(
+    returned: Any, kind: str
+) -> None:
+    class Odd(FedAvg):
+        def finish(self, state: Any, model: Tensors) -> dict[str, Array]:
+            found: dict[str, Array] = returned
+            return found
+
+    async with federation(app_of(strategy=Odd())) as story:
+        with pytest.raises(RunFailed, match=rf"^Odd.finish must return \{{tensor name: array\}}.*, not {kind}"):
+            await story.run("a", "b")
+
+
+async def test_a_strategy_without_words_of_its_own_is_named_without_an_address() -> None:
+    class Plain(FedAvg):
+        __repr__ = object.__repr__
+
+    async with federation(app_of(strategy=Plain())) as story:
+        assert (await story.run("a", "b")).settings["strategy"] == "Plain()"
+
+
+async def test_a_run_that_is_too_short_for_any_update_says_which_setting_to_raise() -> None:
+    gate = Gate()
+    settings = {"num_rounds": 2, "min_fit_clients": 1, "timeout_s": 0.1, "fraction_evaluate": 0}
+    async with federation(app_of(gate.client_fn, rounds=settings)) as story:
+        story.start_client("a")
+        with pytest.raises(RunFailed, match=r"each closed at timeout_s=0\.1 before one came: raise it"):
+            await story.start_server()
+        gate.open()
