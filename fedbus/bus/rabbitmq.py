@@ -41,6 +41,7 @@ _HEARTBEAT_S: Final = 10  # a connection that swallows everything is given up af
 _CONNECT_TIMEOUT_S: Final = 15.0
 _PERSISTENT: Final = 2
 _MOST_UNSETTLED: Final = 65_535  # a quorum queue takes AMQP's "no bound" (0) for 2000, and falls silent behind them
+_LONGEST_MS: Final = 2**32 - 1  # 49 days: RabbitMQ closes the channel of whoever wants a message to live for ages
 # In a cluster: the queue is there, and another node (or this one, later) will serve it. RabbitMQ says so with the codes
 # of a queue that is missing or has other settings.
 _OF_THIS_NODE: Final = ("is down or inaccessible", "replica on the local node")
@@ -283,7 +284,7 @@ class RabbitMQBus(Bus):
         properties = aiormq.spec.Basic.Properties(
             delivery_mode=_PERSISTENT,
             user_id=self._user,
-            expiration=None if expires_s is None else str(max(1, round(expires_s * 1000))),
+            expiration=None if expires_s is None else str(min(max(1, round(expires_s * 1000)), _LONGEST_MS)),
         )
         with _mapped(f"publishing to {exchange}"):
             async with asyncio.timeout(timeout_s):

@@ -314,6 +314,14 @@ async def test_an_expired_message_is_not_delivered(bus: Bus, queue: str) -> None
         assert await nothing_comes(consumer)
 
 
+@pytest.mark.parametrize("seconds", [86_400.0, 1e9, 1e15])
+async def test_a_message_may_live_for_ages(bus: Bus, queue: str, seconds: float) -> None:
+    await bus.publish(queue, "", b"old", expires_s=seconds)
+    async with bus.consume(queue, prefetch=0) as consumer:
+        (delivery,) = await take(consumer, 1)
+        assert delivery.body == b"old"
+
+
 async def test_several_consumers_share_a_queue(open_bus: Connect, queue: str) -> None:
     bus = await open_bus()
     async with bus.consume(queue, prefetch=1) as one, bus.consume(queue, prefetch=1) as two:
