@@ -321,7 +321,7 @@ async def test_a_channel_in_doubt_is_left_at_once_and_closed_after_its_last_publ
                 await bus.publish(name, "", b"2", timeout_s=1e-6)
             await bus.publish(name, "", b"3")
             assert bus._lane is not first
-            assert first._channel.is_closed is (first._users == 0)
+            assert first._users == 0 or not first._channel.is_closed  # its last publish may have ended just now
         await until(lambda: first._channel.is_closed)
         await bus.publish(name, "", b"4")
         await bus.delete_queue(name)
