@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError
@@ -25,68 +25,40 @@ _LAST: Final = 10
 _COHORT: Final = 10
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Regime:
-    """One row of the table. `trainings_per_round`: how many fits a round takes, those in vain included."""
+    """One row of the table: `preset(**settings)`; `trainings_per_round` fits go into a round or come in vain."""
 
     name: str
     trainings_per_round: int
-    make: Callable[[int], RoundConfig]
+    preset: Callable[..., RoundConfig]
+    settings: Mapping[str, Any]
 
     def rounds(self, trainings: int) -> RoundConfig:
         """Its settings, for about so many trainings in all."""
-        return self.make(max(1, round(trainings / self.trainings_per_round)))
+        num_rounds = max(1, round(trainings / self.trainings_per_round))
+        return self.preset(num_rounds=num_rounds, min_available_clients=NUM_USERS, **self.settings)
 
 
-_ASYNCHRONOUS: Final = {"min_available_clients": NUM_USERS}
-_SYNCHRONOUS: Final = {"fraction_evaluate": 0.0, "min_available_clients": NUM_USERS, "timeout_s": 1e6}
+def _cohorts(name: str, trainings: int, preset: Callable[..., RoundConfig], **settings: Any) -> Regime:
+    return Regime(name, trainings, preset, {"clients": _COHORT, "fraction_evaluate": 0.0, "timeout_s": 1e6, **settings})
+
+
+def _asynchronous(name: str, trainings: int, preset: Callable[..., RoundConfig], **settings: Any) -> list[Regime]:
+    """As many at a time as the synchronous regimes, and all."""
+    return [
+        Regime(f"{name}, {_COHORT} at a time", trainings, preset, {"concurrency": _COHORT, **settings}),
+        Regime(f"{name}, all {NUM_USERS}", trainings, preset, settings),
+    ]
+
 
 REGIMES: Final = (
-    Regime(
-        name="synchronous 10",
-        trainings_per_round=10,
-        make=lambda n: RoundConfig.synchronous(10, num_rounds=n, **_SYNCHRONOUS),
-    ),
-    Regime(
-        name="over-selection 13 -> 10, late ones stopped",
-        trainings_per_round=13,
-        make=lambda n: RoundConfig.semi_synchronous(10, 1.3, num_rounds=n, max_staleness=0, **_SYNCHRONOUS),
-    ),
-    Regime(
-        name="over-selection 13 -> 10, late ones count",
-        trainings_per_round=10,
-        make=lambda n: RoundConfig.semi_synchronous(10, 1.3, num_rounds=n, **_SYNCHRONOUS),
-    ),
-    Regime(
-        name="FedBuff K = 10, 10 at a time",
-        trainings_per_round=10,
-        make=lambda n: RoundConfig.buffered(10, num_rounds=n, concurrency=10, **_ASYNCHRONOUS),
-    ),
-    Regime(
-        name="FedBuff K = 10, all 30",
-        trainings_per_round=10,
-        make=lambda n: RoundConfig.buffered(10, num_rounds=n, **_ASYNCHRONOUS),
-    ),
-    Regime(
-        name="FedBuff K = 5, 10 at a time",
-        trainings_per_round=5,
-        make=lambda n: RoundConfig.buffered(5, num_rounds=n, concurrency=10, **_ASYNCHRONOUS),
-    ),
-    Regime(
-        name="FedBuff K = 5, all 30",
-        trainings_per_round=5,
-        make=lambda n: RoundConfig.buffered(5, num_rounds=n, **_ASYNCHRONOUS),
-    ),
-    Regime(
-        name="FedAsync alpha 0.6, 10 at a time",
-        trainings_per_round=1,
-        make=lambda n: RoundConfig.asynchronous(0.6, num_rounds=n, concurrency=10, **_ASYNCHRONOUS),
-    ),
-    Regime(
-        name="FedAsync alpha 0.6, all 30",
-        trainings_per_round=1,
-        make=lambda n: RoundConfig.asynchronous(0.6, num_rounds=n, **_ASYNCHRONOUS),
-    ),
+    _cohorts("synchronous 10", 10, RoundConfig.synchronous),
+    _cohorts("over-selection 13 -> 10, late ones stopped", 13, RoundConfig.semi_synchronous, max_staleness=0),
+    _cohorts("over-selection 13 -> 10, late ones count", 10, RoundConfig.semi_synchronous),
+    *_asynchronous("FedBuff K = 10", 10, RoundConfig.buffered, k=10),
+    *_asynchronous("FedBuff K = 5", 5, RoundConfig.buffered, k=5),
+    *_asynchronous("FedAsync alpha 0.6", 1, RoundConfig.asynchronous, alpha=0.6),
 )
 
 
@@ -103,9 +75,7 @@ class Outcome:
     mean_staleness: float
 
 
-def bench_regimes(
-    *, seeds: int, trainings: int, target: float, speeds: str, data_seed: int, regimes: tuple[Regime, ...] = REGIMES
-) -> Iterator[Outcome]:
+def bench_regimes(*, seeds: int, trainings: int, target: float, speeds: str, data_seed: int) -> Iterator[Outcome]:
     """Run each regime with each seed (of cohorts, speeds and batches), one after the other.
 
     Raises:
@@ -114,7 +84,7 @@ def bench_regimes(
     if seeds < 1 or trainings < 1 or not 0 < target <= 1:
         raise ConfigError("--seeds and --trainings must be 1 or more, --target in (0, 1]")
     virtual = VirtualTime(fit_s=1.0, speeds=speeds)
-    for regime in regimes:
+    for regime in REGIMES:
         for seed in range(seeds):
             app = make_app(regime.rounds(trainings), seed=seed, data_seed=data_seed)
             history = simulate(app, num_clients=NUM_USERS, virtual=dataclasses.replace(virtual, seed=seed))

@@ -59,7 +59,7 @@ from fedbus.rounds.engine import Engine, Fate
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.server.bases import Bases
 from fedbus.server.checkpoint import RunFolder
-from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord, plain
+from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Fenced, LastCommit, Ledger
 from fedbus.server.presence import Presence
@@ -1081,8 +1081,9 @@ class Server:
 
     def _bases_in_use(self) -> set[int]:
         """The versions that somebody still works on, where the strategy needs them."""
-        is_needed = self._app.strategy.needs_base and not self._history.finished and self._engine is not None
-        return set(self._engine.versions_in_use) if is_needed and self._engine is not None else set()
+        if self._engine is None or self._history.finished or not self._app.strategy.needs_base:
+            return set()
+        return self._engine.versions_in_use
 
     def _record(self, command: c.Commit, folded: list[FoldedUpdate]) -> RoundRecord:
         refused, self._refused = self._refused, {}
@@ -1241,11 +1242,7 @@ def _settings(app: App) -> dict[str, Any]:
         "fedbus": version("fedbus"),
         "seed": app.seed,
         "strategy": _name_of(app.strategy),
-        **{
-            field.name: plain(repr(value) if dataclasses.is_dataclass(value) else value)
-            for field in dataclasses.fields(app.rounds)
-            for value in [getattr(app.rounds, field.name)]
-        },
+        **{name: repr(value) if dataclasses.is_dataclass(value) else value for name, value in vars(app.rounds).items()},
     }
 
 
