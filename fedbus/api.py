@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fedbus.app import App
-from fedbus.bus.rabbitmq import connect_supervised, redacted
+from fedbus.bus.access import Access
+from fedbus.bus.rabbitmq import connect_supervised
 from fedbus.bus.supervised import LinkState
 from fedbus.client.runtime import ClientRuntime
 from fedbus.config import check_client_id
@@ -23,12 +24,12 @@ from fedbus.server.runtime import Server
 async def serve(
     app: App,
     *,
-    broker: str,
+    broker: str | Access,
     run_dir: Path | str | None = None,
     resume: bool = False,
     observers: Sequence[o.Observe] = (),
 ) -> History:
-    """Run the server of `app` against the broker URL `broker`, to the end of its rounds.
+    """Run the server of `app` against `broker`, a URL or an `Access`, to the end of its rounds.
 
     In the main thread SIGTERM and Ctrl-C end the run gracefully: a commit under way is finished, clients are told.
     `run_dir` receives the ledger, history.json and model.safetensors. With `resume` the run that is in it goes on from
@@ -51,7 +52,7 @@ async def serve(
             server.connection_restored()
 
     async with await connect_supervised(broker, name="fedbus server", on_state=on_state) as bus:
-        _tell(observers, o.ConnectedToBroker(broker=redacted(broker), role="server"))
+        _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="server"))
         folder = None if run_dir is None else Path(run_dir)
         server = Server(app, bus, run_dir=folder, resume=resume, observers=observers)
         with on_signals(lambda name: server.request_stop(f"stopped by {name}")):
@@ -61,13 +62,13 @@ async def serve(
 async def join(
     app: App,
     *,
-    broker: str,
+    broker: str | Access,
     client_id: str,
     partition: int = 0,
     num_partitions: int = 1,
     observers: Sequence[o.Observe] = (),
 ) -> bool:
-    """Take part in the run on the broker URL `broker` as `client_id`, waiting for its server if need be.
+    """Take part in the run on `broker`, a URL or an `Access`, as `client_id`, waiting for its server if need be.
 
     True when the run finished, False when it was asked to leave (SIGTERM or Ctrl-C in the main thread).
 
@@ -83,7 +84,7 @@ async def join(
         _tell(observers, _link_event(state))
 
     async with await connect_supervised(broker, name=f"fedbus client {client_id}", on_state=on_state) as bus:
-        _tell(observers, o.ConnectedToBroker(broker=redacted(broker), role="client"))
+        _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="client"))
         client = ClientRuntime(
             app, bus, client_id=client_id, partition=partition, num_partitions=num_partitions, observers=observers
         )
@@ -97,7 +98,7 @@ async def join(
 def start_server(
     app: App,
     *,
-    broker: str,
+    broker: str | Access,
     run_dir: Path | str | None = None,
     resume: bool = False,
     observers: Sequence[o.Observe] = (),
@@ -109,7 +110,7 @@ def start_server(
 def start_client(
     app: App,
     *,
-    broker: str,
+    broker: str | Access,
     client_id: str,
     partition: int = 0,
     num_partitions: int = 1,

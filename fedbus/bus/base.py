@@ -6,7 +6,9 @@
   back to its queue, in its old place, and comes again with `redelivered` set. Streams keep everything: there an
   acknowledgement only makes room for more.
 - Deliveries come in the order of publishing, as long as nothing is redelivered.
-- Whoever must be alone holds a name: queues give to every consumer that asks.
+- Whoever must be alone holds a name: queues give to every consumer that asks. Who may not declare anything, and so not
+  hold a name, consumes a classic queue exclusively.
+- Who lacks the right to do something is told so: `BrokerDenied`.
 - Every failure is a `BrokerError`.
 """
 
@@ -33,8 +35,9 @@ class Delivery:
     """One message as it was delivered.
 
     `tag` belongs to the consumer that received it; `offset` is the place in a stream, None elsewhere; `user_id` is
-    the sender's broker user, checked by the broker, where the sender gave it; `generation` counts the incarnations of
-    a subscription that outlives its connections: what came through an older one can no longer be settled.
+    the sender's broker user, checked by the broker, where the sender gave it; `is_copied` tells that the sender named
+    further routing keys (CC), which the broker did not check; `generation` counts the incarnations of a subscription
+    that outlives its connections: what came through an older one can no longer be settled.
     """
 
     body: bytes
@@ -43,7 +46,17 @@ class Delivery:
     redelivered: bool
     offset: int | None
     user_id: str | None
+    is_copied: bool = False
     generation: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueueState:
+    """`messages` that wait in a queue (in a stream: that it keeps), and its `consumers`, of all connections that the
+    broker does not know to have ended."""
+
+    messages: int
+    consumers: int
 
 
 class Consumer(ABC):
@@ -87,16 +100,20 @@ async def hold_patiently(bus: Bus, stack: AsyncExitStack, name: str, *, patience
 class Bus(ABC):
     """One party's connection to a broker; an async context manager that closes it.
 
-    `broker` is where it leads, as it may be shown. `on_blocked` is called with the reason when an alarm on the broker
-    makes publishes wait, and with None when they go on.
+    `broker` is where it leads, as it may be shown, and `user` whom the broker takes us for. `on_blocked` is called with
+    the reason when an alarm on the broker makes publishes wait, and with None when they go on.
     """
 
     broker: str = "memory"
+    user: str
     on_blocked: Callable[[str | None], None] | None = None
 
     @abstractmethod
-    async def declare(self, topology: Topology) -> None:
-        """Make what is not there yet. Raises `QueueMismatch` for what is there with other settings."""
+    async def declare(self, topology: Topology, *, remember: bool = True) -> None:
+        """Make what is not there yet; what is to be remembered also after each loss of the connection.
+
+        Raises `QueueMismatch` for what is there with other settings.
+        """
 
     @abstractmethod
     async def delete_queue(self, name: str) -> None:
@@ -123,12 +140,13 @@ class Bus(ABC):
 
     @abstractmethod
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
     ) -> AbstractAsyncContextManager[Consumer]:
         """Subscribe to `queue` for the time of the context; what is not settled by its end goes back.
 
         `prefetch` bounds the unsettled deliveries (0: by no more than RabbitMQ can count, 65535; a stream needs one);
-        `offset` is where to begin in a stream. Raises `QueueMissing`.
+        `offset` is where to begin in a stream; `exclusive` asks to be the only consumer of a classic queue. Raises
+        `QueueMissing`, and `QueueBusy` when somebody else consumes exclusively, or at all where we want to.
         """
 
     @abstractmethod
@@ -140,8 +158,8 @@ class Bus(ABC):
         """
 
     @abstractmethod
-    async def listeners(self, queue: str) -> int:
-        """How many consumers the queue has, of all connections that the broker does not know to have ended.
+    async def queue_state(self, queue: str) -> QueueState:
+        """What waits in the queue, and how many consume it.
 
         Raises `QueueMissing`, and `BrokerUnreachable` when the broker cannot tell now: the queue's own node is away.
         """

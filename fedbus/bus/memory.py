@@ -11,14 +11,15 @@ import bisect
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
-from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset, QueueState
 from fedbus.bus.topology import Exchange, Queue, Topology
 from fedbus.errors import (
     BrokerClosed,
+    BrokerDenied,
     BrokerError,
     BrokerUnreachable,
     PublishUnconfirmed,
@@ -40,7 +41,7 @@ class _Stored:
 
 
 @dataclass(slots=True, eq=False)
-class _QueueState:
+class _Kept:
     spec: Queue
     ready: list[_Stored] = field(default_factory=list)  # a stream: everything that is kept
     next_offset: int = 0
@@ -59,9 +60,29 @@ class _ExchangeState:
     spec: Exchange
     bindings: dict[str, dict[str, None]] = field(default_factory=dict)  # routing_key -> queues, in order of binding
 
+    def bind(self, queue: str, routing_key: str) -> None:
+        self.bindings.setdefault(routing_key, {})[queue] = None
+
     def queues(self, routing_key: str) -> dict[str, None]:
-        """The queues bound with that key; a fanout exchange does not look at keys."""
-        return self.bindings.setdefault("" if self.spec.kind == "fanout" else routing_key, {})
+        """The queues that take a message with that key: each once."""
+        match self.spec.kind:
+            case "direct":
+                return self.bindings.get(routing_key, {})
+            case "fanout":
+                taking = list(self.bindings.values())
+            case "topic":
+                key = routing_key.split(".")
+                taking = [queues for pattern, queues in self.bindings.items() if _matches(pattern.split("."), key)]
+        return {name: None for queues in taking for name in queues}
+
+
+def _matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
+    """The rule of topic exchanges: * stands for one word, # for any number."""
+    if not pattern:
+        return not key
+    if pattern[0] == "#":
+        return len(pattern) == 1 or any(_matches(pattern[1:], key[skipped:]) for skipped in range(len(key) + 1))
+    return bool(key) and pattern[0] in ("*", key[0]) and _matches(pattern[1:], key[1:])
 
 
 class MemoryBroker:
@@ -70,18 +91,18 @@ class MemoryBroker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._exchanges: dict[str, _ExchangeState] = {}
-        self._queues: dict[str, _QueueState] = {}
+        self._queues: dict[str, _Kept] = {}
         self._holders: dict[str, MemoryBus] = {}
         self._places = itertools.count()
         self._buses: set[MemoryBus] = set()
         self._is_stopped = False
         self._alarm: str | None = None
 
-    def connect(self, user: str = "guest") -> MemoryBus:
+    def connect(self, user: str = "guest", *, may_declare: bool = True) -> MemoryBus:
         """A new connection of `user`. Raises `BrokerUnreachable` while the broker is stopped."""
         if self._is_stopped:
             raise BrokerUnreachable("no broker answers: it was stopped")
-        bus = MemoryBus(self, user)
+        bus = MemoryBus(self, user, may_declare=may_declare)
         self._buses.add(bus)
         return bus
 
@@ -127,19 +148,19 @@ class MemoryBroker:
             if known.spec != exchange:
                 raise QueueMismatch(f"exchange {exchange.name} exists with other settings")
         for queue in topology.queues:
-            state = self._queues.setdefault(queue.name, _QueueState(queue))
+            state = self._queues.setdefault(queue.name, _Kept(queue))
             if state.spec != queue:
                 raise QueueMismatch(f"queue {queue.name} exists with other settings")
         for binding in topology.bindings:
             self._queue(binding.queue)
-            self._exchange(binding.exchange).queues(binding.routing_key)[binding.queue] = None
+            self._exchange(binding.exchange).bind(binding.queue, binding.routing_key)
 
     def _exchange(self, name: str) -> _ExchangeState:
         if name not in self._exchanges:
             raise QueueMissing(f"there is no exchange {name}")
         return self._exchanges[name]
 
-    def _queue(self, name: str) -> _QueueState:
+    def _queue(self, name: str) -> _Kept:
         if name not in self._queues:
             raise QueueMissing(f"there is no queue {name}")
         return self._queues[name]
@@ -163,7 +184,7 @@ class MemoryBroker:
             self._dispatch(queue)
         return len(queues)
 
-    def _next_offset(self, queue: _QueueState, size: int) -> int:
+    def _next_offset(self, queue: _Kept, size: int) -> int:
         """Offsets grow, but not by one: RabbitMQ writes a chunk of its own at the head of each new segment."""
         if queue.spec.segment_bytes is not None and queue.segment_filled >= queue.spec.segment_bytes:
             queue.segment_filled = 0
@@ -172,12 +193,12 @@ class MemoryBroker:
         queue.next_offset += 1
         return queue.next_offset - 1
 
-    def _trim_stream(self, queue: _QueueState, added_bytes: int) -> None:
+    def _trim_stream(self, queue: _Kept, added_bytes: int) -> None:
         queue.kept_bytes += added_bytes
         while queue.spec.max_bytes is not None and queue.kept_bytes > queue.spec.max_bytes and len(queue.ready) > 1:
             queue.kept_bytes -= len(queue.ready.pop(0).body)
 
-    def _dispatch(self, queue: _QueueState) -> None:
+    def _dispatch(self, queue: _Kept) -> None:
         if queue.is_stream:
             hungry, queue.hungry = queue.hungry, {}
             for consumer in hungry:
@@ -190,7 +211,7 @@ class MemoryBroker:
             else:
                 free._hand_over(stored)
 
-    def _next_free(self, queue: _QueueState) -> _MemoryConsumer | None:
+    def _next_free(self, queue: _Kept) -> _MemoryConsumer | None:
         """Round robin over the consumers that have room."""
         for _ in range(len(queue.consumers)):
             consumer = queue.consumers[0]
@@ -199,7 +220,7 @@ class MemoryBroker:
                 return consumer
         return None
 
-    def _give_back(self, queue: _QueueState, stored: list[_Stored]) -> None:
+    def _give_back(self, queue: _Kept, stored: list[_Stored]) -> None:
         limit = queue.spec.delivery_limit
         for message in stored:
             if limit is not None and message.deliveries > limit:
@@ -213,7 +234,7 @@ class MemoryBroker:
         if self._holders.get(name) is bus:
             del self._holders[name]
 
-    def _dead_letter(self, queue: _QueueState, stored: _Stored) -> None:
+    def _dead_letter(self, queue: _Kept, stored: _Stored) -> None:
         if queue.spec.dead_letter_exchange in self._exchanges:
             self._publish(queue.spec.dead_letter_exchange, stored.routing_key, stored.body, stored.user_id, None)
 
@@ -221,16 +242,17 @@ class MemoryBroker:
 class MemoryBus(Bus):
     """One connection to a `MemoryBroker`."""
 
-    def __init__(self, broker: MemoryBroker, user: str) -> None:
+    def __init__(self, broker: MemoryBroker, user: str, *, may_declare: bool = True) -> None:
         self._broker = broker
-        self._user = user
+        self.user = user
+        self._may_declare = may_declare
         self._consumers: set[_MemoryConsumer] = set()
         self._ended: asyncio.Future[BrokerError | None] = asyncio.get_running_loop().create_future()
         self._blocked: list[asyncio.Future[None]] = []  # publishes that wait for the end of an alarm
         self._is_blocked = False
 
     def __repr__(self) -> str:
-        return f"<MemoryBus {self._user}{' closed' if self._ended.done() else ''}>"
+        return f"<MemoryBus {self.user}{' closed' if self._ended.done() else ''}>"
 
     def drop(self) -> None:
         """End this connection from the broker's side."""
@@ -246,12 +268,19 @@ class MemoryBus(Bus):
         if self._ended.done():
             raise BrokerClosed("the connection to the broker ended")
 
-    async def declare(self, topology: Topology) -> None:
+    def _check_may_declare(self, what: str) -> None:
+        if not self._may_declare:
+            raise BrokerDenied(f"{what}: the broker says no: {self.user} may not configure anything")
+
+    async def declare(self, topology: Topology, *, remember: bool = True) -> None:
         await self._turn()
+        if topology != Topology():
+            self._check_may_declare("declaring")
         self._broker._declare(topology)
 
     async def delete_queue(self, name: str) -> None:
         await self._turn()
+        self._check_may_declare(f"deleting queue {name}")
         self._broker._delete(name)
 
     async def publish(
@@ -271,7 +300,7 @@ class MemoryBus(Bus):
         except TimeoutError:
             raise PublishUnconfirmed(f"publishing to {exchange}: no word of the broker in time") from None
         expires_at = None if expires_s is None else self._broker._clock() + expires_s
-        taken = self._broker._publish(exchange, routing_key, bytes(body), self._user, expires_at)
+        taken = self._broker._publish(exchange, routing_key, bytes(body), self.user, expires_at)
         if mandatory and not taken:
             raise Unroutable(f"publishing to {exchange}: no queue takes it")
 
@@ -299,15 +328,22 @@ class MemoryBus(Bus):
                 self.on_blocked(None)
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
     ) -> AbstractAsyncContextManager[Consumer]:
-        return self._consume(queue, prefetch, offset)
+        return self._consume(queue, prefetch, offset, exclusive)
 
     @asynccontextmanager
-    async def _consume(self, queue: str, prefetch: int, offset: Offset | None) -> AsyncIterator[Consumer]:
+    async def _consume(
+        self, queue: str, prefetch: int, offset: Offset | None, exclusive: bool
+    ) -> AsyncIterator[Consumer]:
         await self._turn()
         state = self._broker._queue(queue)
-        consumer = _MemoryConsumer(self._broker, state, prefetch, offset)
+        # A quorum queue does not mind: RabbitMQ knows no exclusive consumers of it.
+        if state.spec.kind == "classic" and (
+            (exclusive and state.consumers) or any(other.is_exclusive for other in state.consumers)
+        ):
+            raise QueueBusy(f"consuming {queue}: another connection does")
+        consumer = _MemoryConsumer(self._broker, state, prefetch, offset, is_exclusive=exclusive)
         state.consumers.append(consumer)
         self._consumers.add(consumer)
         consumer._pull()
@@ -320,6 +356,7 @@ class MemoryBus(Bus):
     @asynccontextmanager
     async def hold(self, name: str) -> AsyncIterator[None]:
         await self._turn()
+        self._check_may_declare(f"holding {name}")
         if self._broker._holders.setdefault(name, self) is not self:
             raise QueueBusy(f"holding {name}: another connection does")
         try:
@@ -327,9 +364,10 @@ class MemoryBus(Bus):
         finally:
             self._broker._release(self, name)
 
-    async def listeners(self, queue: str) -> int:
+    async def queue_state(self, queue: str) -> QueueState:
         await self._turn()
-        return len(self._broker._queue(queue).consumers)
+        state = self._broker._queue(queue)
+        return QueueState(messages=len(state.ready), consumers=len(state.consumers))
 
     def _end(self, reason: BrokerError | None) -> None:
         if self._ended.done():
@@ -352,7 +390,10 @@ class MemoryBus(Bus):
 
 
 class _MemoryConsumer(Consumer):
-    def __init__(self, broker: MemoryBroker, queue: _QueueState, prefetch: int, offset: Offset | None) -> None:
+    def __init__(
+        self, broker: MemoryBroker, queue: _Kept, prefetch: int, offset: Offset | None, *, is_exclusive: bool
+    ) -> None:
+        self.is_exclusive = is_exclusive
         self._broker = broker
         self._queue = queue
         self._prefetch = prefetch

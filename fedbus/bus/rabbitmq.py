@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import random
-import re
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Final
@@ -21,7 +21,8 @@ import aiormq
 from aiormq import exceptions as amqp
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
-from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.access import Access, access_to, redacted, user_of
+from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset, QueueState
 from fedbus.bus.supervised import LinkState, SupervisedBus, no_observer
 from fedbus.bus.topology import Queue, Topology
 from fedbus.errors import (
@@ -29,7 +30,6 @@ from fedbus.errors import (
     BrokerDenied,
     BrokerError,
     BrokerUnreachable,
-    ConfigError,
     PublishUnconfirmed,
     QueueBusy,
     QueueMismatch,
@@ -37,7 +37,6 @@ from fedbus.errors import (
     Unroutable,
 )
 
-_HEARTBEAT_S: Final = 10  # a connection that swallows everything is given up after 33 to 38 s
 _CONNECT_TIMEOUT_S: Final = 15.0
 _PERSISTENT: Final = 2
 _MOST_UNSETTLED: Final = 65_535  # a quorum queue takes AMQP's "no bound" (0) for 2000, and falls silent behind them
@@ -45,42 +44,9 @@ _LONGEST_MS: Final = 2**32 - 1  # 49 days: RabbitMQ closes the channel of whoeve
 # In a cluster: the queue is there, and another node (or this one, later) will serve it. RabbitMQ says so with the codes
 # of a queue that is missing or has other settings.
 _OF_THIS_NODE: Final = ("is down or inaccessible", "replica on the local node")
+_TAKEN: Final = ("in exclusive use", "exclusive access to locked queue")
 # Any other 404 for a queue is about one that is there, and cannot be served now.
 _NO_SUCH_QUEUE: Final = "no queue '"
-_NEXT_URL: Final = re.compile(r"\s*,\s*(?=[A-Za-z][A-Za-z0-9+.-]*://)")
-_EXAMPLE: Final = "amqp://user:password@host:5672/vhost"
-
-
-def redacted(urls: str) -> str:
-    """`urls` (one, or several with commas between) as they may be shown: without users and passwords."""
-    return ", ".join(map(_redact, _NEXT_URL.split(urls.strip())))
-
-
-def _redact(url: str) -> str:
-    parts = urlsplit(url)
-    host = parts.hostname or "?"
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{host}{port}{parts.path if parts.path != '/' else ''}"
-
-
-def _check_urls(urls: str) -> list[str]:
-    """All of them, before the first is tried: a typing error in the last one must not wait for the day it is needed."""
-    return [_check_url(url) for url in _NEXT_URL.split(urls.strip())]
-
-
-def _check_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        has_port = parts.port is None or parts.port > 0
-    except ValueError:
-        raise ConfigError(f"the broker URL cannot be read; it looks like {_EXAMPLE}") from None
-    if parts.scheme not in ("amqp", "amqps") or not parts.hostname or not has_port:
-        raise ConfigError(f"the broker URL must look like {_EXAMPLE} (or amqps://...)")
-    if "," in parts.hostname + parts.path:
-        raise ConfigError(f"each of several broker URLs must look like {_EXAMPLE}; write a comma in a vhost as %2C")
-    if "heartbeat=" in parts.query:
-        return url
-    return parts._replace(query="&".join(filter(None, (parts.query, f"heartbeat={_HEARTBEAT_S}")))).geturl()
 
 
 @contextmanager
@@ -90,13 +56,15 @@ def _mapped(doing: str) -> Iterator[None]:
         yield
     except (amqp.ChannelNotFoundEntity, amqp.ChannelPreconditionFailed) as exc:
         reason = _reason(exc)
+        if "user_id property" in reason:
+            raise BrokerDenied(f"{doing}: the broker takes us for somebody else: {reason}") from exc
         if any(words in reason for words in _OF_THIS_NODE):
             raise BrokerClosed(f"{doing}: this node of the broker cannot do it now: {reason}") from exc
         raise (QueueMissing if isinstance(exc, amqp.ChannelNotFoundEntity) else QueueMismatch)(
             f"{doing}: {reason}"
         ) from exc
     except (amqp.ChannelLockedResource, amqp.ChannelAccessRefused) as exc:
-        if "exclusive" in _reason(exc):
+        if any(words in _reason(exc) for words in _TAKEN):
             raise QueueBusy(f"{doing}: another connection does") from exc
         raise BrokerDenied(f"{doing}: the broker says no: {_reason(exc)}") from exc
     except amqp.PublishError as exc:
@@ -127,37 +95,39 @@ def _reason_of_end(closing: asyncio.Future[Any]) -> str:
     return _reason(exc)
 
 
-async def connect(urls: str, *, name: str = "fedbus") -> RabbitMQBus:
-    """Connect to the broker at `urls`; `name` shows in the broker's list of connections.
+async def connect(broker: str | Access, *, name: str = "fedbus") -> RabbitMQBus:
+    """Connect to `broker`; `name` shows in the broker's list of connections.
 
-    `urls` is one URL (amqp:// or amqps://), or several of one cluster with commas between, tried in this order.
+    Of several URLs the first that lets us in is taken.
 
     Raises `ConfigError` for a URL that is none, `BrokerUnreachable`, `BrokerDenied`.
     """
-    return await _connect_to_any(_check_urls(urls), name)
+    access = access_to(broker)
+    return await _connect_to_any(access, access.each_url, name)
 
 
 async def connect_supervised(
-    urls: str, *, name: str = "fedbus", on_state: Callable[[LinkState], None] = no_observer
+    broker: str | Access, *, name: str = "fedbus", on_state: Callable[[LinkState], None] = no_observer
 ) -> SupervisedBus:
-    """Connect as `connect` does, once; from then on lost connections are made anew, at any of `urls`.
+    """Connect as `connect` does, once; from then on lost connections are made anew, at any of its URLs.
 
     Raises `ConfigError` for a URL that is none, `BrokerUnreachable`, `BrokerDenied`.
     """
-    checked = _check_urls(urls)
+    access = access_to(broker)
 
     async def reconnect() -> Bus:
-        return await _connect_to_any(random.sample(checked, len(checked)), name)  # not all clients to the same node
+        urls = random.sample(access.each_url, len(access.each_url))  # not all clients to the same node
+        return await _connect_to_any(access, urls, name)
 
-    return SupervisedBus(await _connect_to_any(checked, name), reconnect, on_state=on_state)
+    return SupervisedBus(await _connect_to_any(access, access.each_url, name), reconnect, on_state=on_state)
 
 
-async def _connect_to_any(urls: Sequence[str], name: str) -> RabbitMQBus:
+async def _connect_to_any(access: Access, urls: Sequence[str], name: str) -> RabbitMQBus:
     """The first that lets us in; the error, when none does, says why for each."""
     failures: list[BrokerUnreachable | BrokerDenied] = []
     for url in urls:
         try:
-            return await _connect_to(url, name)
+            return await _connect_to(access, url, name)
         except (BrokerUnreachable, BrokerDenied) as exc:
             failures.append(exc)
     if len(failures) == 1:
@@ -166,16 +136,15 @@ async def _connect_to_any(urls: Sequence[str], name: str) -> RabbitMQBus:
     raise (BrokerDenied if all_deny else BrokerUnreachable)("; ".join(map(str, failures))) from failures[0]
 
 
-async def _connect_to(url: str, name: str) -> RabbitMQBus:
-    consuming = await _connect(url, f"{name} consume")
+async def _connect_to(access: Access, url: str, name: str) -> RabbitMQBus:
+    tls = access.tls_context(url)
+    consuming = await _connect(url, tls, f"{name} consume")
     try:
-        publishing = await _connect(url, f"{name} publish")
+        publishing = await _connect(url, tls, f"{name} publish")
     except BaseException:
         await consuming.close()
         raise
-    user = urlsplit(url).username
-    # A user that comes out of a certificate is the broker's to know.
-    return RabbitMQBus(consuming, publishing, user=unquote(user) if user else None)
+    return RabbitMQBus(consuming, publishing, user=user_of(url))
 
 
 class _Link(aiormq.Connection):
@@ -188,8 +157,8 @@ class _Link(aiormq.Connection):
 
     on_blocked: Callable[[str | None], None] | None = None
 
-    def __init__(self, url: str, name: str) -> None:
-        super().__init__(url, client_properties={"connection_name": name, "product": "fedbus"})
+    def __init__(self, url: str, tls: ssl.SSLContext | None, name: str) -> None:
+        super().__init__(url, context=tls, client_properties={"connection_name": name, "product": "fedbus"})
         self.unblocked = asyncio.Event()
         self.unblocked.set()
         self.closing.add_done_callback(lambda _: self.unblocked.set())
@@ -206,9 +175,9 @@ class _Link(aiormq.Connection):
             self.on_blocked(None)
 
 
-async def _connect(url: str, name: str) -> _Link:
+async def _connect(url: str, tls: ssl.SSLContext | None, name: str) -> _Link:
     where = redacted(url)
-    connection = _Link(url, name)
+    connection = _Link(url, tls, name)
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             await connection.connect()
@@ -236,12 +205,12 @@ async def _connect(url: str, name: str) -> _Link:
 class RabbitMQBus(Bus):
     """A pair of connections to one RabbitMQ vhost; made by `connect`."""
 
-    def __init__(self, consuming: _Link, publishing: _Link, *, user: str | None) -> None:
+    def __init__(self, consuming: _Link, publishing: _Link, *, user: str) -> None:
         self.broker = redacted(str(consuming.url))
         self._consuming = consuming
         publishing.on_blocked = self._tell_blocked
         self._publishing = publishing
-        self._user = user
+        self.user = user
         self._lane: _Lane | None = None
         self._publish_lock = asyncio.Lock()
         self._asking: AbstractChannel | None = None
@@ -255,7 +224,7 @@ class RabbitMQBus(Bus):
         if self.on_blocked is not None:
             self.on_blocked(reason)
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology, *, remember: bool = True) -> None:
         for exchange in topology.exchanges:
             async with self._channel(f"declaring exchange {exchange.name}") as channel:
                 await channel.exchange_declare(exchange.name, exchange_type=exchange.kind, durable=True)
@@ -283,7 +252,7 @@ class RabbitMQBus(Bus):
     ) -> None:
         properties = aiormq.spec.Basic.Properties(
             delivery_mode=_PERSISTENT,
-            user_id=self._user,
+            user_id=self.user,
             expiration=None if expires_s is None else str(min(max(1, round(expires_s * 1000)), _LONGEST_MS)),
         )
         with _mapped(f"publishing to {exchange}"):
@@ -306,12 +275,14 @@ class RabbitMQBus(Bus):
             return self._lane
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
     ) -> AbstractAsyncContextManager[Consumer]:
-        return self._consume(queue, prefetch, offset)
+        return self._consume(queue, prefetch, offset, exclusive)
 
     @asynccontextmanager
-    async def _consume(self, queue: str, prefetch: int, offset: Offset | None) -> AsyncIterator[Consumer]:
+    async def _consume(
+        self, queue: str, prefetch: int, offset: Offset | None, exclusive: bool
+    ) -> AsyncIterator[Consumer]:
         arguments: dict[str, Any] = {} if offset is None else {"x-stream-offset": offset}
         with _mapped(f"consuming {queue}"):
             channel = await self._consuming.channel(publisher_confirms=False)
@@ -319,7 +290,7 @@ class RabbitMQBus(Bus):
             consumer = _RabbitMQConsumer(channel, queue)
             with _mapped(f"consuming {queue}"):
                 await channel.basic_qos(prefetch_count=prefetch or _MOST_UNSETTLED)
-                await channel.basic_consume(queue, consumer.on_message, arguments=arguments)
+                await channel.basic_consume(queue, consumer.on_message, exclusive=exclusive, arguments=arguments)
             yield consumer
         finally:
             await _close_channel(channel)
@@ -338,12 +309,12 @@ class RabbitMQBus(Bus):
             with contextlib.suppress(BrokerError):  # it ends with the connection at the latest
                 await self.delete_queue(name)
 
-    async def listeners(self, queue: str) -> int:
+    async def queue_state(self, queue: str) -> QueueState:
         """Over a channel that is kept for it: asked often, and a queue that is missing closes only that one.
 
         One question at a time, so that the error of one is not that of another.
         """
-        doing = f"counting the consumers of {queue}"
+        doing = f"looking at {queue}"
         async with self._asking_lock:
             with _mapped(doing):
                 if self._asking is None or self._asking.is_closed:
@@ -354,7 +325,7 @@ class RabbitMQBus(Bus):
                     if _NO_SUCH_QUEUE in _reason(exc):
                         raise
                     raise BrokerUnreachable(f"{doing}: the broker cannot tell now: {_reason(exc)}") from exc
-        return answer.consumer_count or 0
+        return QueueState(messages=answer.message_count or 0, consumers=answer.consumer_count or 0)
 
     @asynccontextmanager
     async def _channel(self, doing: str) -> AsyncIterator[AbstractChannel]:
@@ -475,6 +446,7 @@ class _RabbitMQConsumer(Consumer):
                 redelivered=bool(message.delivery.redelivered),
                 offset=_stream_offset(properties.headers),
                 user_id=properties.user_id,
+                is_copied="CC" in (properties.headers or ()),  # BCC is never shown to who receives
             )
         )
 

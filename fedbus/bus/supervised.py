@@ -20,11 +20,11 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn, TypeVar
 
-from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset, QueueState
 from fedbus.bus.topology import Binding, Exchange, Queue, Topology
 from fedbus.errors import BrokerClosed, BrokerDenied, BrokerError, BrokerUnreachable, PublishUnconfirmed, QueueBusy
 
@@ -172,9 +172,10 @@ class SupervisedBus(Bus):
 
     # ---- operations ----------------------------------------------------------------------------------------------
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology, *, remember: bool = True) -> None:
         await self._carry_out(lambda bus: bus.declare(topology))
-        self._known.add(topology)
+        if remember:
+            self._known.add(topology)
 
     async def delete_queue(self, name: str) -> None:
         self._known.forget_queue(name)
@@ -225,16 +226,17 @@ class SupervisedBus(Bus):
         return float((_SHORT_PATIENCE_S if is_short else _PATIENCE_S) * 2 ** min(attempt, 30))
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
     ) -> AbstractAsyncContextManager[Consumer]:
         """As any bus, except that the consumer survives reconnects; each delivery's generation counts them.
 
         To settle a delivery of an older generation does nothing: it comes again. A stream goes on behind the last
         offset that was handed out; "next" and "last" apply anew as long as nothing was.
 
-        `receive` raises `QueueMissing` when the queue is gone for good.
+        `receive` raises `QueueMissing` when the queue is gone for good, and `QueueBusy` when another consumer has taken
+        the place of an exclusive one and keeps it.
         """
-        return self._consume(queue, _SupervisedConsumer(self, queue, prefetch, offset))
+        return self._consume(queue, _SupervisedConsumer(self, queue, prefetch, offset, exclusive))
 
     @asynccontextmanager
     async def _consume(self, queue: str, consumer: _SupervisedConsumer) -> AsyncIterator[Consumer]:
@@ -261,8 +263,8 @@ class SupervisedBus(Bus):
             if self._link is not None:
                 await self._link.release(name)
 
-    async def listeners(self, queue: str) -> int:
-        return await self._carry_out(lambda bus: bus.listeners(queue))
+    async def queue_state(self, queue: str) -> QueueState:
+        return await self._carry_out(lambda bus: bus.queue_state(queue))
 
     async def _hold(self, name: str) -> None:
         turn = next(self._turns)
@@ -341,7 +343,7 @@ class SupervisedBus(Bus):
 
     def _adopt(self, link: _Link) -> _Link:
         self._link = link
-        self.broker = link.bus.broker
+        self.broker, self.user = link.bus.broker, link.bus.user
         link.bus.on_blocked = functools.partial(self._note_alarm, link)
         self._wake_line()
         return link
@@ -466,10 +468,11 @@ class _Subscription:
 
 
 class _SupervisedConsumer(Consumer):
-    def __init__(self, bus: SupervisedBus, queue: str, prefetch: int, offset: Offset | None) -> None:
+    def __init__(self, bus: SupervisedBus, queue: str, prefetch: int, offset: Offset | None, exclusive: bool) -> None:
         self._bus = bus
         self._queue = queue
         self._prefetch = prefetch
+        self._exclusive = exclusive
         self._offset = offset  # where to subscribe the next time
         self._last_offset: int | None = None  # in a stream: of what was handed out
         self._has_begun = False
@@ -524,7 +527,7 @@ class _SupervisedConsumer(Consumer):
 
     async def _stay_subscribed(self, link: _Link) -> None:
         """Subscribe over `link`, and return when it is lost."""
-        async with link.bus.consume(self._queue, prefetch=self._prefetch, offset=self._offset) as consumer:
+        async with self._subscribed(link) as consumer:
             self._has_begun = True
             self._current = _Subscription(consumer, link)
             self._tell_news()
@@ -532,6 +535,24 @@ class _SupervisedConsumer(Consumer):
                 await link.lost.wait()
             finally:
                 self._current = None
+
+    @asynccontextmanager
+    async def _subscribed(self, link: _Link) -> AsyncIterator[Consumer]:
+        """A subscription over `link`; a ghost of ours may stand in the way until the broker misses its heartbeats."""
+        give_up_at = time.monotonic() + (self._bus._busy_patience_s if self._has_begun else 0.0)
+        async with AsyncExitStack() as stack:
+            while True:
+                subscription = link.bus.consume(
+                    self._queue, prefetch=self._prefetch, offset=self._offset, exclusive=self._exclusive
+                )
+                try:
+                    consumer = await stack.enter_async_context(subscription)
+                    break
+                except QueueBusy:
+                    if time.monotonic() > give_up_at:
+                        raise
+                await asyncio.sleep(_BUSY_PAUSE_S)
+            yield consumer
 
     # ---- deliveries ----------------------------------------------------------------------------------------------
 

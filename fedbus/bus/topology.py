@@ -2,12 +2,13 @@
 
     server ──> fedbus.model   (fanout) ──> fedbus.model          stream: each model version once
     server ──> fedbus.tasks   (direct) ──> fedbus.inbox.CLIENT   tasks, receipts
-    client ──> fedbus.control (fanout) ──> fedbus.control        joins, heartbeats, evaluation results
-    client ──> fedbus.updates (fanout) ──> fedbus.updates        updates, in parts; quorum
+    client ──> fedbus.control (topic)  ──> fedbus.control        joins, heartbeats, evaluation results
+    client ──> fedbus.updates (topic)  ──> fedbus.updates        updates, in parts; quorum
                                            fedbus.dead           what could not be processed
     server ──> fedbus.lock.server, client ──> fedbus.lock.client.CLIENT: held, so that there is only one of each
 
-A federation is a vhost: the names need no prefix of their own.
+A federation is a vhost: the names need no prefix of their own. Clients publish with their id as the routing key: the
+queues take them all, but a broker can be told (topic permissions) which keys a user may use.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ UPDATES = "fedbus.updates"
 DEAD = "fedbus.dead"
 SERVER_LOCK = "fedbus.lock.server"
 
+EVERY_KEY = "#"
+"""The binding of a topic exchange that takes whatever comes."""
+
 QueueKind: TypeAlias = Literal["classic", "quorum", "stream"]
 MessageQueueKind: TypeAlias = Literal["classic", "quorum"]
 
@@ -31,7 +35,7 @@ _DAY_S = 86_400
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
     name: str
-    kind: Literal["direct", "fanout"]
+    kind: Literal["direct", "fanout", "topic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +93,8 @@ def ingress(update_queue: MessageQueueKind = "quorum", message_queues: MessageQu
     return Topology(
         exchanges=(
             Exchange(name=TASKS, kind="direct"),
-            Exchange(name=CONTROL, kind="fanout"),
-            Exchange(name=UPDATES, kind="fanout"),
+            Exchange(name=CONTROL, kind="topic"),
+            Exchange(name=UPDATES, kind="topic"),
             Exchange(name=DEAD, kind="fanout"),
         ),
         queues=(
@@ -99,8 +103,8 @@ def ingress(update_queue: MessageQueueKind = "quorum", message_queues: MessageQu
             Queue(name=DEAD, kind=message_queues, delivery_limit=_limit(message_queues), max_bytes=64 << 20),
         ),
         bindings=(
-            Binding(exchange=CONTROL, queue=CONTROL),
-            Binding(exchange=UPDATES, queue=UPDATES),
+            Binding(exchange=CONTROL, queue=CONTROL, routing_key=EVERY_KEY),
+            Binding(exchange=UPDATES, queue=UPDATES, routing_key=EVERY_KEY),
             Binding(exchange=DEAD, queue=DEAD),
         ),
     )

@@ -95,7 +95,7 @@ class Outbox:
                 if entry.is_settled:
                     return
                 body = encode(self._message(entry, index)) if index else head
-                await self._bus.publish(UPDATES, "", body)
+                await self._bus.publish(UPDATES, self._client_id, body)
 
         # Each takes the next part when its last is confirmed: sent in order, the head first.
         at_once = min(_PARTS_AT_ONCE, entry.outgoing.parts)
@@ -117,7 +117,7 @@ class Outbox:
             )
         )
         while not (entry.granted.is_set() or entry.is_settled):
-            await self._bus.publish(CONTROL, "", request, expires_s=4 * _ASK_EVERY_S)
+            await self._bus.publish(CONTROL, self._client_id, request, expires_s=4 * _ASK_EVERY_S)
             try:
                 async with asyncio.timeout(_ASK_EVERY_S * self._jitter.uniform(0.8, 1.2)):
                     await entry.granted.wait()

@@ -15,7 +15,7 @@ import logging
 import random
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from fedbus.clock import now
 from fedbus.config import check_client_id
 from fedbus.errors import (
     BrokerClosed,
+    BrokerDenied,
     BrokerError,
     ClientCodeError,
     ConfigError,
@@ -35,6 +36,7 @@ from fedbus.errors import (
     PublishUnconfirmed,
     QueueBusy,
     QueueMismatch,
+    QueueMissing,
     leaf,
     one_line,
 )
@@ -58,6 +60,8 @@ _LOGGER = logging.getLogger("fedbus.client")
 
 _JOIN_EVERY_S = (0.5, 5.0)
 _GOODBYE_PATIENCE_S = 3.0
+_TAKEN_PATIENCE_S = 5.0
+_INBOX_PREFETCH = 1000
 _PRIORITY = {m.ParametersTask: 0, m.FitTask: 1, m.EvaluateTask: 2}
 """Training first: an evaluation must not hold a round up."""
 
@@ -139,6 +143,7 @@ class ClientRuntime:
         self._client: Client | None = None
         self._caller: Caller = caller or UserThread(f"fedbus-{client_id}")
         self._inbox: Consumer | None = None
+        self._has_told_of_waiting = False
         self._over = asyncio.Event()
         self._result: m.RunEnded | None = None
         self._ended_tasks: OrderedDict[str, str] = OrderedDict()  # task_id -> why it failed, "" when it was settled
@@ -175,8 +180,10 @@ class ClientRuntime:
 
     async def _run(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            await self._be_alone(stack)
-            self._inbox = await self._open_inbox(stack)
+            may_declare = await self._be_alone(stack)
+            self._inbox = await self._open_inbox(stack, may_declare=may_declare)
+            if self._inbox is None:
+                return
             async with asyncio.TaskGroup() as group:
                 work: list[Coroutine[Any, Any, None]] = [
                     self._bus.closed(),
@@ -191,11 +198,35 @@ class ClientRuntime:
                 if self._result is None:  # only now: a heartbeat after the goodbye would be a new join
                     await self._say_goodbye()
 
-    async def _open_inbox(self, stack: contextlib.AsyncExitStack) -> Consumer:
+    async def _open_inbox(self, stack: contextlib.AsyncExitStack, *, may_declare: bool) -> Consumer | None:
+        """None when we are to leave before there is one."""
+        if not may_declare:
+            return await self._await_inbox(stack)
         with contextlib.suppress(QueueMismatch):  # it is there, as the server wants it
             await self._bus.declare(ingress(self._app.update_queue, self._app.message_queues))
         await self._declare_inbox()
-        return await stack.enter_async_context(self._bus.consume(inbox(self._client_id), prefetch=1000))
+        return await stack.enter_async_context(self._bus.consume(inbox(self._client_id), prefetch=_INBOX_PREFETCH))
+
+    async def _await_inbox(self, stack: contextlib.AsyncExitStack) -> Consumer | None:
+        """Ask for an inbox until there is one: the server makes it when it hears us."""
+        busy_until = now() + _TAKEN_PATIENCE_S
+        for attempt, pause_s in enumerate(self._pauses()):
+            try:
+                return await stack.enter_async_context(
+                    self._bus.consume(inbox(self._client_id), prefetch=_INBOX_PREFETCH, exclusive=True)
+                )
+            except QueueMissing:
+                if attempt:
+                    self._note_no_server()
+                await self._ask_to_join(pause_s)
+            except QueueBusy:  # maybe our predecessor, who was killed a moment ago
+                if now() > busy_until:
+                    raise self._taken() from None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._over.wait()
+                    return None
+        raise AssertionError("the pauses never end")
 
     async def _declare_inbox(self) -> None:
         kind = self._app.message_queues
@@ -206,14 +237,21 @@ class ClientRuntime:
                 f"{exc} (the app says message_queues={kind!r}: set it to what is there, or delete the queue)"
             ) from exc
 
-    async def _be_alone(self, stack: contextlib.AsyncExitStack) -> None:
-        """Two clients on one inbox would each see half of what the server says."""
+    async def _be_alone(self, stack: contextlib.AsyncExitStack) -> bool:
+        """Hold our name: two clients on one inbox would each see half of what the server says.
+
+        False where the broker lets us declare nothing: then the server makes our inbox, and we read it exclusively.
+        """
         try:
             await hold_patiently(self._bus, stack, client_lock(self._client_id))
         except QueueBusy:
-            raise QueueBusy(
-                f"a client named {self._client_id} is connected already: each needs an id of its own"
-            ) from None
+            raise self._taken() from None
+        except BrokerDenied:
+            return False
+        return True
+
+    def _taken(self) -> QueueBusy:
+        return QueueBusy(f"a client named {self._client_id} is connected already: each needs an id of its own")
 
     def _tell(self, event: object) -> None:
         for observe in self._observers:
@@ -222,19 +260,14 @@ class ClientRuntime:
     # ---- presence ------------------------------------------------------------------------------------------------
 
     async def _stay_present(self) -> None:
-        pause_s, longest_s = _JOIN_EVERY_S
-        join = m.Join(client_id=self._client_id, session=self._session)
-        awaited = False
-        while not self._welcomed.is_set():
-            with contextlib.suppress(PublishUnconfirmed):
-                await self._bus.publish(CONTROL, "", encode(join), expires_s=2 * pause_s)
+        for pause_s in self._pauses():
+            await self._ask_to_join(pause_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s * self._jitter.uniform(0.8, 1.2)):
+                async with asyncio.timeout(pause_s):
                     await self._welcomed.wait()
-            if not self._welcomed.is_set() and not awaited:
-                awaited = True
-                self._tell(o.ServerAwaited(client_id=self._client_id))
-            pause_s = min(longest_s, 1.5 * pause_s)
+            if self._welcomed.is_set():
+                break
+            self._note_no_server()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat_s):
@@ -247,7 +280,24 @@ class ClientRuntime:
                 fit_task=self._fit_task_in_hand(),
             )
             with contextlib.suppress(PublishUnconfirmed):  # the next one says the same
-                await self._bus.publish(CONTROL, "", encode(heartbeat), expires_s=self._lease_s)
+                await self._bus.publish(CONTROL, self._client_id, encode(heartbeat), expires_s=self._lease_s)
+
+    def _pauses(self) -> Iterator[float]:
+        """Seconds between two questions to a server that does not answer: longer and longer, without end."""
+        pause_s, longest_s = _JOIN_EVERY_S
+        while True:
+            yield pause_s * self._jitter.uniform(0.8, 1.2)
+            pause_s = min(longest_s, 1.5 * pause_s)
+
+    async def _ask_to_join(self, pause_s: float) -> None:
+        join = m.Join(client_id=self._client_id, session=self._session)
+        with contextlib.suppress(PublishUnconfirmed, QueueMissing):  # no exchange: no server has ever been here
+            await self._bus.publish(CONTROL, self._client_id, encode(join), expires_s=2 * pause_s)
+
+    def _note_no_server(self) -> None:
+        if not self._has_told_of_waiting:
+            self._has_told_of_waiting = True
+            self._tell(o.ServerAwaited(client_id=self._client_id))
 
     def _fit_task_in_hand(self) -> str:
         """The newest fit task that is here and not answered, "" for none."""
@@ -261,7 +311,7 @@ class ClientRuntime:
         )
         with contextlib.suppress(BrokerError, TimeoutError):
             async with asyncio.timeout(_GOODBYE_PATIENCE_S):  # under a broker's alarm nothing gets through
-                await self._bus.publish(CONTROL, "", encode(leave), expires_s=self._lease_s)
+                await self._bus.publish(CONTROL, self._client_id, encode(leave), expires_s=self._lease_s)
 
     # ---- inbox ---------------------------------------------------------------------------------------------------
 
@@ -432,7 +482,7 @@ class ClientRuntime:
         failed = m.TaskFailed(
             client_id=self._client_id, task_id=task_id, run_id=self._run_id or "", reason=reason[:1000]
         )
-        await self._bus.publish(CONTROL, "", encode(failed))
+        await self._bus.publish(CONTROL, self._client_id, encode(failed))
 
     async def _in_thread(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call the user's code. Raises `ClientCodeError` for whatever it raises."""
@@ -487,7 +537,7 @@ class ClientRuntime:
             num_examples=result.num_examples,
             metrics=result.metrics,
         )
-        await self._bus.publish(CONTROL, "", encode(report))
+        await self._bus.publish(CONTROL, self._client_id, encode(report))
 
     async def _model_of(self, task: m.FitTask | m.EvaluateTask) -> Tensors:
         pending = self._current

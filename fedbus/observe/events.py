@@ -199,10 +199,13 @@ class AggregateDiscarded:
 
 @dataclass(frozen=True, kw_only=True)
 class MessageRejected:
-    """Bytes on a queue that are none of our messages; from the updates queue they go to the dead letters."""
+    """Bytes on a queue that are none of our messages, or not its sender's to send; those from the updates queue go to
+    the dead letters. `user` is the broker user who sent them, None where that is the server's own, or not known.
+    """
 
     queue: str
     reason: str
+    user: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Callable
 
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.topology import UPDATES
 from fedbus.clock import now
-from fedbus.config import check_client_id
 from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
 from fedbus.observe import events as o
 from fedbus.rounds import events as e
 from fedbus.rounds.engine import Engine
+from fedbus.server.identity import Identity
 from fedbus.server.slots import UploadSlots
 from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_initial
 from fedbus.types import Tensors
@@ -30,6 +31,7 @@ class UpdateIntake:
     Args:
         consumer: the subscription to the updates queue.
         engine: asked whether an update is waited for, before any memory is taken for it.
+        identity: knows who may speak for whom.
         run_id: updates of other runs are refused.
         put: takes the events for the engine.
         tell: takes the events for those who watch.
@@ -41,6 +43,7 @@ class UpdateIntake:
         self,
         consumer: Consumer,
         engine: Engine,
+        identity: Identity,
         *,
         run_id: str,
         put: Callable[[e.Event], None],
@@ -50,6 +53,7 @@ class UpdateIntake:
     ) -> None:
         self._consumer = consumer
         self._engine = engine
+        self._identity = identity
         self._run_id = run_id
         self._put = put
         self._tell = tell
@@ -103,14 +107,9 @@ class UpdateIntake:
         async for delivery in self._consumer:
             self._last_arrival = now()
             try:
-                message = decode(delivery.body)
-                if not isinstance(message, m.Update | m.Part):
-                    raise DecodeError(f"a {type(message).__name__} does not belong here")
-                if isinstance(message, m.Update):
-                    check_client_id(message.client_id)  # it is about to be a routing key, and on a screen
+                message = self._decode(delivery)
             except (DecodeError, ConfigError) as exc:
-                self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
-                await self._consumer.reject(delivery, requeue=False)
+                await self._reject(delivery, exc)
                 continue
             if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
                 await self._consumer.ack(delivery)
@@ -119,6 +118,22 @@ class UpdateIntake:
                 await self._stage(message, delivery)
             if copies := self._staging.take_copies():
                 await self._consumer.ack(*copies)
+
+    def _decode(self, delivery: Delivery) -> m.Update | m.Part:
+        """What came, with a name of its transfer that no other user can make up.
+
+        A part does not say whose it is: under its user's own name it can only end up in that user's own transfers.
+        """
+        message = decode(delivery.body)
+        if not isinstance(message, m.Update | m.Part):
+            raise DecodeError(f"a {type(message).__name__} does not belong here")
+        if isinstance(message, m.Update):
+            self._identity.check(delivery, message.client_id)
+        return dataclasses.replace(message, transfer=f"{delivery.user_id}/{message.transfer}")
+
+    async def _reject(self, delivery: Delivery, exc: Exception) -> None:
+        self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc), user=self._identity.user_of(delivery)))
+        await self._consumer.reject(delivery, requeue=False)
 
     async def _stage(self, message: m.Update | m.Part, delivery: Delivery) -> None:
         arrived_at = now()
@@ -132,8 +147,7 @@ class UpdateIntake:
         except UpdateRefused as exc:
             self._report_invalid(self._staging.refuse(message, delivery), str(exc))
         except DecodeError as exc:
-            self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc)))
-            await self._consumer.reject(delivery, requeue=False)
+            await self._reject(delivery, exc)
         else:
             if token is not None:
                 update = self._staging.get(token)

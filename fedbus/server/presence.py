@@ -119,7 +119,7 @@ class Presence:
 
     async def _ask(self, client_id: str) -> _Found:
         try:
-            return "somebody" if await self._bus.listeners(inbox(client_id)) > 0 else "nobody"
+            return "somebody" if (await self._bus.queue_state(inbox(client_id))).consumers else "nobody"
         except QueueMissing:
             return "no inbox"
         except (BrokerClosed, BrokerDenied):

@@ -34,11 +34,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fedbus.app import App
-from fedbus.bus.base import Bus, Consumer, hold_patiently
-from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, ingress
+from fedbus.bus.base import Bus, Consumer, Delivery, hold_patiently
+from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, client_inbox, ingress
 from fedbus.clock import now
-from fedbus.config import check_client_id
 from fedbus.errors import (
+    BrokerDenied,
     ClientCodeError,
     ConfigError,
     DecodeError,
@@ -60,6 +60,7 @@ from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.server.bases import Bases
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
+from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Fenced, LastCommit, Ledger
 from fedbus.server.presence import Presence
@@ -213,6 +214,8 @@ class Server:
         self._head_out_at = 0.0
         self._closed_by: float | None = None  # when the last part of the update came that closed the round
         self._intake: UpdateIntake | None = None
+        self._identity = Identity(bus.user)
+        self._with_inbox: set[str] = set()  # those that we made
         self._engine: Engine | None = None
         self._presence: Presence | None = None
 
@@ -305,6 +308,7 @@ class Server:
             self._intake = UpdateIntake(
                 updates,
                 engine,
+                self._identity,
                 run_id=self._run_id,
                 put=self._events.put,
                 tell=self._tell,
@@ -465,23 +469,45 @@ class Server:
     async def _receive_control(self, consumer: Consumer) -> None:
         async for delivery in consumer:
             try:
-                event = self._control_event(decode(delivery.body))
+                message = decode(delivery.body)
+                self._check_sender(delivery, message)
+                if isinstance(message, m.Join) and self._identity.has_own_user(delivery):
+                    await self._make_inbox(message.client_id)
+                event = self._control_event(message)
             except (DecodeError, ConfigError) as exc:
-                self._tell(o.MessageRejected(queue=CONTROL, reason=str(exc)))
+                user = self._identity.user_of(delivery)
+                self._tell(o.MessageRejected(queue=CONTROL, reason=str(exc), user=user))
                 event = None
             if event is not None:
                 await self._events.put_from_outside(event)
             # Signs of life and small results are told again or time out: nothing depends on this one copy.
             await consumer.ack(delivery)
 
+    async def _make_inbox(self, client_id: str) -> None:
+        """Whoever has a user of its own may not be allowed to make it itself."""
+        if client_id in self._with_inbox:
+            return
+        try:
+            await self._bus.declare(client_inbox(client_id, self._app.message_queues), remember=False)
+        except (QueueMismatch, PublishUnconfirmed, BrokerDenied) as exc:
+            _LOGGER.warning("the inbox of %s cannot be made: %s", client_id, exc)
+        else:
+            self._with_inbox.add(client_id)
+
+    def _check_sender(self, delivery: Delivery, message: m.Message) -> None:
+        if isinstance(message, m.Echo):
+            self._identity.check_ours(delivery)
+        elif isinstance(message, m.ClientMessage):
+            self._identity.check(delivery, message.client_id)
+
     def _control_event(self, message: m.Message) -> e.Event | None:
         match message:
             case m.Join():
                 if self._intake is not None:  # a new process: the upload of the old one will not go on
                     self._intake.slots.release_client(message.client_id)
-                return e.ClientJoined(client_id=check_client_id(message.client_id), session=message.session)
+                return e.ClientJoined(client_id=message.client_id, session=message.session)
             case m.Heartbeat():
-                client_id = check_client_id(message.client_id)
+                client_id = message.client_id
                 if message.run_id != self._run_id:  # it outlived another server: welcome it to this run
                     return e.ClientJoined(client_id=client_id, session=message.session)
                 return e.ClientHeard(client_id=client_id, session=message.session, fit_task=message.fit_task)
@@ -506,7 +532,7 @@ class Server:
 
     def _upload_requested(self, request: m.UploadRequest) -> None:
         """Queue it up; or say what has become of an update that was announced again because our word was lost."""
-        client_id = check_client_id(request.client_id)
+        client_id = request.client_id
         assert self._engine is not None
         assert self._intake is not None
         fate = self._engine.fate(request.task_id, client_id)
@@ -541,7 +567,7 @@ class Server:
             self._echo_due.clear()
             echo = m.Echo(run_id=self._run_id, epoch=self._epoch, sent_at=now())
             with contextlib.suppress(PublishUnconfirmed):
-                await self._bus.publish(CONTROL, "", encode(echo), expires_s=lease_s)
+                await self._bus.publish(CONTROL, "server", encode(echo), expires_s=lease_s)
 
     async def _look_for_successor(self) -> None:
         """End at once where the ledger tells of a successor: asking the broker for our place back would take long."""
@@ -787,6 +813,7 @@ class Server:
         except PublishUnconfirmed as exc:
             _LOGGER.debug("a message to %s was not confirmed", client_id, exc_info=exc)
         except Unroutable:
+            self._with_inbox.discard(client_id)
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
                 self._events.put(e.ClientLost(client_id=client_id, reason="its inbox is gone"))
         finally:

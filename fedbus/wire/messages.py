@@ -263,6 +263,8 @@ class RunEnded:
 
 
 ControlMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport | UploadRequest | Echo
+ClientMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport | UploadRequest | Update
+"""What a client says in its own name."""
 Task: TypeAlias = ParametersTask | FitTask | EvaluateTask
 InboxMessage: TypeAlias = Welcome | Task | CancelTask | UploadGrant | Receipt | Refusal | RunEnded
 Message: TypeAlias = ControlMessage | Update | Part | Model | InboxMessage

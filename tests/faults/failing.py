@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal, TypeAlias, TypeVar
 
-from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset
+from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset, QueueState
 from fedbus.bus.memory import MemoryBus
 from fedbus.bus.topology import Topology
 from fedbus.errors import BrokerClosed
 
 Kind: TypeAlias = Literal[
-    "declare", "delete_queue", "publish", "consume", "hold", "listeners", "receive", "ack", "reject"
+    "declare", "delete_queue", "publish", "consume", "hold", "queue_state", "receive", "ack", "reject"
 ]
 When: TypeAlias = Literal["before", "after"]
 T = TypeVar("T")
@@ -73,10 +73,11 @@ class FailingBus(Bus):
 
     def __init__(self, bus: MemoryBus, fault: Fault) -> None:
         self._bus = bus
+        self.user = bus.user
         self._fault = fault
         bus.on_blocked = lambda reason: None if self.on_blocked is None else self.on_blocked(reason)
 
-    async def declare(self, topology: Topology) -> None:
+    async def declare(self, topology: Topology, *, remember: bool = True) -> None:
         await self._fault.apply("declare", self._bus, lambda: self._bus.declare(topology))
 
     async def delete_queue(self, name: str) -> None:
@@ -100,9 +101,9 @@ class FailingBus(Bus):
         await self._fault.apply("publish", self._bus, send, bytes(body))
 
     def consume(
-        self, queue: str, *, prefetch: int, offset: Offset | None = None
+        self, queue: str, *, prefetch: int, offset: Offset | None = None, exclusive: bool = False
     ) -> AbstractAsyncContextManager[Consumer]:
-        return self._consume(self._bus.consume(queue, prefetch=prefetch, offset=offset))
+        return self._consume(self._bus.consume(queue, prefetch=prefetch, offset=offset, exclusive=exclusive))
 
     @asynccontextmanager
     async def _consume(self, subscription: AbstractAsyncContextManager[Consumer]) -> AsyncIterator[Consumer]:
@@ -121,8 +122,8 @@ class FailingBus(Bus):
         finally:
             await holding.__aexit__(None, None, None)
 
-    async def listeners(self, queue: str) -> int:
-        return await self._fault.apply("listeners", self._bus, lambda: self._bus.listeners(queue))
+    async def queue_state(self, queue: str) -> QueueState:
+        return await self._fault.apply("queue_state", self._bus, lambda: self._bus.queue_state(queue))
 
     async def closed(self) -> None:
         await self._bus.closed()

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import pytest
 
-from fedbus.bus.base import Bus, Consumer, Delivery
+from fedbus.bus.base import Bus, Consumer, Delivery, QueueState
 from fedbus.bus.memory import MemoryBroker
 from fedbus.bus.node import PrivateNode
 from fedbus.bus.rabbitmq import connect
@@ -359,11 +359,11 @@ async def test_the_consumers_of_a_queue_are_counted(open_bus: Connect, name: Ite
     bus, one, two = await open_bus(), await open_bus(), await open_bus()
     queue = next(name)
     await declare(bus, queue, kind=kind)
-    assert await bus.listeners(queue) == 0
+    assert (await bus.queue_state(queue)).consumers == 0
     async with one.consume(queue, prefetch=1):
-        assert await bus.listeners(queue) == 1
+        assert (await bus.queue_state(queue)).consumers == 1
         async with two.consume(queue, prefetch=1):
-            assert await bus.listeners(queue) == 2
+            assert (await bus.queue_state(queue)).consumers == 2
         await counts_down_to(1, bus, queue)
     await counts_down_to(0, bus, queue)
     await bus.delete_queue(queue)
@@ -380,7 +380,7 @@ async def test_whoever_closed_the_connection_counts_no_more(
         consumer = await stack.enter_async_context(dying.consume(queue, prefetch=1))
         await bus.publish(queue, "", b"x")
         await take(consumer, 1)  # and does not settle it
-        assert await bus.listeners(queue) == 1
+        assert (await bus.queue_state(queue)).consumers == 1
         await dying.close()
         await counts_down_to(0, bus, queue)
     await bus.delete_queue(queue)
@@ -389,7 +389,7 @@ async def test_whoever_closed_the_connection_counts_no_more(
 async def counts_down_to(count: int, bus: Bus, queue: str) -> None:
     """A quorum queue takes a moment to note the end of a consumer."""
     async with asyncio.timeout(10):
-        while await bus.listeners(queue) != count:
+        while (await bus.queue_state(queue)).consumers != count:
             pass
 
 
@@ -400,7 +400,7 @@ async def test_whoever_died_counts_no_more(node: PrivateNode, name: Iterator[str
     async with Proxy(node.port) as proxy, await connect(node.url) as bus:
         await declare(bus, queue, kind=kind)
         async with await connect(proxy.through(node.url)) as dying, dying.consume(queue, prefetch=1):
-            assert await bus.listeners(queue) == 1
+            assert (await bus.queue_state(queue)).consumers == 1
             proxy.reset()  # what the broker sees of the death of a process
             await counts_down_to(0, bus, queue)
         await bus.delete_queue(queue)
@@ -412,16 +412,16 @@ async def test_the_twin_counts_nobody_whose_connection_ended() -> None:
     await declare(bus, "q")
     async with dying.consume("q", prefetch=1):
         dying.drop()
-        assert await bus.listeners("q") == 0
+        assert (await bus.queue_state("q")).consumers == 0
 
 
 async def test_counting_what_is_not_there_is_an_error_that_harms_nothing_else(bus: Bus, queue: str) -> None:
     async with bus.consume(queue, prefetch=1) as consumer:
-        assert await bus.listeners(queue) == 1
+        assert (await bus.queue_state(queue)).consumers == 1
         counts = await asyncio.gather(
-            *(bus.listeners(name) for name in (queue, "test.no.such.queue") * 3), return_exceptions=True
+            *(bus.queue_state(name) for name in (queue, "test.no.such.queue") * 3), return_exceptions=True
         )
-        assert [count if isinstance(count, int) else type(count) for count in counts] == [1, QueueMissing] * 3
+        assert [type(count) for count in counts] == [QueueState, QueueMissing] * 3
         await bus.publish(queue, "", b"x")
         await take(consumer, 1)
 

@@ -13,9 +13,10 @@ import aiormq
 import pytest
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed, DeliveryError, PublishError
 
+from fedbus.bus.access import redacted
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.node import PrivateNode
-from fedbus.bus.rabbitmq import _Lane, _mapped, connect, connect_supervised, redacted
+from fedbus.bus.rabbitmq import _Lane, _mapped, connect, connect_supervised
 from fedbus.bus.supervised import LinkState, SupervisedBus, no_observer
 from fedbus.bus.topology import Binding, Exchange, Queue, Topology
 from fedbus.errors import (
@@ -302,7 +303,7 @@ async def test_a_queue_whose_node_is_away_is_not_missing_and_costs_no_connection
         link: Any = bus._link
         link.bus._asking = Refusing(reason)
         with pytest.raises(error):
-            await bus.listeners("q")
+            await bus.queue_state("q")
     assert states == []
 
 

@@ -388,7 +388,7 @@ async def test_a_hostile_update_is_refused_with_a_reason_before_it_costs_anythin
         story.start_client("c9")
         run_id = (await story.until(o.Welcomed)).run_id
         await story.until(o.TaskStarted)
-        attacker = Attacker(story.broker.connect("c9"), run_id)
+        attacker = Attacker(story.broker.connect("server"), run_id)  # a broker whose one user all share
         await attacker.send(attacker.update(tensors, **fields))
         refused = await story.until(o.UpdateRefused)
         assert refused.reason.startswith(reason)
@@ -501,7 +501,7 @@ async def test_a_stopped_server_gives_uncommitted_updates_back_and_sends_the_cli
 
 async def test_updates_of_an_earlier_run_on_the_same_broker_are_refused() -> None:
     async with federation(app_of(rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
-        bus = story.broker.connect("c1")
+        bus = story.broker.connect("c9")
         serving = story.start_server()
         await story.until(o.RunStarted)
         attacker = Attacker(bus, "yesterday")
@@ -800,8 +800,8 @@ async def test_uploads_whose_sender_died_are_forgotten_and_leave_the_queue() -> 
         assert story.server is not None
         assert story.server._intake is not None
         staging = story.server._intake._staging
-        await asyncio.to_thread(poll_until, lambda: "lost" in staging._aborted)
-        assert "dies" not in staging._aborted  # its sender's lease goes on: an alarm may hold it up
+        await asyncio.to_thread(poll_until, lambda: "c9/lost" in staging._aborted)
+        assert "c9/dies" not in staging._aborted  # its sender's lease goes on: an alarm may hold it up
         await bus.publish(CONTROL, "", encode(m.Leave(client_id="c9", session="s", run_id=run_id, reason="bye")))
         refused = await story.until(o.UpdateRefused)
         assert refused.reason.startswith("its upload stopped half-way")
@@ -823,10 +823,14 @@ async def test_a_strangers_message_cannot_cancel_an_upload_that_is_under_way() -
         first, second = cut(payload)
         honest = {"transfer": "honest", "schema": schema, "checksum": checksum(first), "payload": first}
         await attacker.send(attacker.update({"w": ZEROS}, **honest))
-        await attacker.send(attacker.update({"w": ZEROS}, client_id="c8", transfer="forged"))
-        await story.until(o.UpdateRefused)
+        stranger = Attacker(story.broker.connect("c8"), attacker.run_id)
+        await stranger.send(stranger.update({"w": ZEROS}, client_id="c8", transfer="honest"))
+        await story.until(o.UpdateRefused, client_id="c8")
+        wrong = bytes(len(second))
+        await stranger.send(m.Part(transfer="honest", index=1, checksum=checksum(wrong), payload=wrong))
         await attacker.send(m.Part(transfer="honest", index=1, checksum=checksum(second), payload=second))
         assert (await serving).updates == 1
+        np.testing.assert_array_equal(story.model()["w"], 1)
 
 
 async def test_a_stop_does_not_wait_for_a_slow_central_evaluation() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fedbus.bus.base import QueueState
 from fedbus.bus.memory import MemoryBroker, MemoryBus
 from fedbus.bus.topology import CONTROL, client_inbox, inbox
 from fedbus.clock import now
@@ -41,7 +42,7 @@ class Answering(MemoryBus):
         self._answers = iter(answers)
         self._news = asyncio.Event()
 
-    async def listeners(self, queue: str) -> int:
+    async def queue_state(self, queue: str) -> QueueState:
         self.asked.append(queue)
         self._news.set()
         answer = next(self._answers)
@@ -50,7 +51,7 @@ class Answering(MemoryBus):
             answer = next(self._answers)
         if isinstance(answer, BrokerError):
             raise answer
-        return answer
+        return QueueState(messages=0, consumers=answer)
 
     async def until_asked(self, times: int) -> None:
         async with asyncio.timeout(10):
@@ -247,7 +248,7 @@ async def until_looked(fault: Fault, times: int) -> None:
 
 
 def looks(fault: Fault) -> int:
-    return sum(kind == "listeners" for kind, _ in fault.effects)
+    return sum(kind == "queue_state" for kind, _ in fault.effects)
 
 
 def counted(story: Federation) -> Fault:

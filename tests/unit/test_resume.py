@@ -766,7 +766,7 @@ async def test_a_part_that_comes_once_more_after_its_commit_leaves_the_queue(mon
             story.start_client(client)
         await story.until(o.ReceiptArrived, 3, round=1)
         outbox, entry = sent[0]
-        await story.links["c1"].publish(UPDATES, "", encode(outbox._message(entry, 1)))
+        await story.links[outbox._client_id].publish(UPDATES, "", encode(outbox._message(entry, 1)))
         hold.let_go()
         story.check_whole(await serving, CLIENTS, 4)
 

@@ -330,7 +330,7 @@ async def test_requests_for_what_nobody_waits_for_are_answered(monkeypatch: pyte
                 settled_again.set()
 
         monkeypatch.setattr(Outbox, "settle", noting)
-        await story.links["c9"].publish(CONTROL, "", encode(request("1/c1", "c1")))
+        await story.links["c1"].publish(CONTROL, "", encode(request("1/c1", "c1")))
         async with asyncio.timeout(10):
             await settled_again.wait()
         go_on.set()

@@ -1,0 +1,70 @@
+"""Who may speak for whom: what a message says of its sender is held against what the broker knows of it.
+
+The broker checks the `user_id` of each message against the login of the connection that it came over. In a provisioned
+federation every client has a user of its own, so nobody else can speak in its name; where everybody shares the server's
+own user nothing can be told apart, and the broker's password is all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from fedbus.bus.base import Delivery
+from fedbus.config import check_client_id
+from fedbus.errors import DecodeError, one_line
+
+_SERVER = "server"
+_WORKER = "worker"
+
+
+class Identity:
+    """Decides whether a delivery comes from whom it says.
+
+    Args:
+        own_user: the server's user on the broker. "FED.server" makes "FED.hospital-a" the user of hospital-a and
+            "FED.worker" that of the workers; with any other name a client's user is its id.
+        virtual_clients: the ids that workers speak for.
+    """
+
+    def __init__(self, own_user: str, virtual_clients: Container[str] = ()) -> None:
+        self._own_user = own_user
+        self._prefix = own_user.removesuffix(_SERVER) if f".{own_user}".endswith(f".{_SERVER}") else ""
+        self._worker = f"{self._prefix}{_WORKER}"
+        self._virtual_clients = virtual_clients
+
+    def check_ours(self, delivery: Delivery) -> None:
+        """Raise `DecodeError` unless the server's own user sent it."""
+        self._check_told(delivery)
+        if delivery.user_id != self._own_user:
+            raise DecodeError(f"{_shown(delivery.user_id)} may not say what only the server says")
+
+    def check(self, delivery: Delivery, client_id: str) -> None:
+        """Raise `DecodeError`, or `ConfigError` for a name that is none, unless the sender is this client."""
+        self._check_told(delivery)
+        check_client_id(client_id)  # it is about to be a routing key, and on a screen
+        if client_id in self._virtual_clients:
+            may_speak = delivery.user_id in (self._own_user, self._worker)
+        else:
+            may_speak = delivery.user_id in (self._own_user, client_id, f"{self._prefix}{client_id}")
+        if not may_speak:
+            raise DecodeError(
+                f"{_shown(delivery.user_id)} is not the user of {client_id}: each client logs in as itself"
+            )
+
+    def has_own_user(self, delivery: Delivery) -> bool:
+        """Whether the broker vouches for more than that its sender knows the server's own password."""
+        return delivery.user_id not in (None, self._own_user)
+
+    def user_of(self, delivery: Delivery) -> str | None:
+        """The sender as it may be shown and counted; None where the broker cannot tell."""
+        return one_line(delivery.user_id, 100) if self.has_own_user(delivery) and delivery.user_id else None
+
+    def _check_told(self, delivery: Delivery) -> None:
+        if delivery.is_copied:
+            raise DecodeError("a message with a CC header: nobody may choose further routing keys")
+        if delivery.user_id is None:
+            raise DecodeError("a message without a user_id: its sender cannot be told")
+
+
+def _shown(user: str | None) -> str:
+    return repr(one_line(user or "", 100))
