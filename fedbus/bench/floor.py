@@ -62,7 +62,11 @@ class Job:
     def arguments(self) -> tuple[str, ...]:
         """For this module's command line."""
         kind = "tight" if self.is_tight else "plain"
-        return self.url, str(self.clients), str(self.model_bytes), str(self.rounds), kind
+        return str(self.clients), str(self.model_bytes), str(self.rounds), kind
+
+    def environment(self) -> dict[str, str]:
+        """For its process: command lines are for everybody to see, and the URL holds the password."""
+        return {**os.environ, "FEDBUS_BROKER": self.url}
 
     @property
     def parts(self) -> int:
@@ -324,7 +328,8 @@ def measure(job: Job, lifeline: int) -> list[float]:
 
 def main() -> None:
     """Measure what the arguments say."""
-    url, clients, model_bytes, rounds, kind = sys.argv[1:]
+    clients, model_bytes, rounds, kind = sys.argv[1:]
+    url = os.environ["FEDBUS_BROKER"]
     is_tight = kind == "tight"
     job = Job(url=url, clients=int(clients), model_bytes=int(model_bytes), rounds=int(rounds), is_tight=is_tight)
     print(json.dumps(measure(job, os.dup(0))))  # noqa: T201  # whoever started this process reads it

@@ -295,6 +295,7 @@ async def _floor(clients: int, model_mib: float, rounds: int, url: str, *, is_ti
     job = Job(url=url, clients=clients, model_bytes=model_bytes, rounds=rounds, is_tight=is_tight)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "fedbus.bench.floor", *job.arguments()),
+        env=job.environment(),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

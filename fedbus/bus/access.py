@@ -68,7 +68,7 @@ class Access:
             return
         raise ConfigError(
             f"amqp:// to {parts.hostname} would cross the network in plain text, password and all: use amqps://, or "
-            "say --plaintext (allow_plaintext=True) where the network itself is safe"
+            "say --plaintext (FEDBUS_PLAINTEXT=1) where the network itself is safe"
         )
 
     def tls_context(self, url: str) -> ssl.SSLContext | None:
@@ -94,8 +94,13 @@ class Access:
 
 
 def access_to(broker: str | Access) -> Access:
-    """`broker` itself, or the way that a URL describes. Raises `ConfigError` for a URL that is none."""
-    return broker if isinstance(broker, Access) else Access(broker)
+    """`broker` itself, or the way that a URL describes; FEDBUS_PLAINTEXT=1 in the environment allows plain text.
+
+    Raises `ConfigError` for a URL that is none.
+    """
+    if isinstance(broker, Access):
+        return broker
+    return Access(broker, allow_plaintext=os.environ.get("FEDBUS_PLAINTEXT", "0") not in ("", "0"))
 
 
 def redacted(urls: str) -> str:

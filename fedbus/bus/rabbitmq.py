@@ -38,6 +38,7 @@ from fedbus.errors import (
 )
 
 _CONNECT_TIMEOUT_S: Final = 15.0
+_ALERT_S: Final = 3.0
 _PERSISTENT: Final = 2
 _MOST_UNSETTLED: Final = 65_535  # a quorum queue takes AMQP's "no bound" (0) for 2000, and falls silent behind them
 _LONGEST_MS: Final = 2**32 - 1  # 49 days: RabbitMQ closes the channel of whoever wants a message to live for ages
@@ -182,7 +183,7 @@ async def _connect(url: str, tls: ssl.SSLContext | None, name: str) -> _Link:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             await connection.connect()
     except (amqp.ProbableAuthenticationError, amqp.AuthenticationError) as exc:
-        raise BrokerDenied(f"the broker at {where} refuses the user or the password: check the broker URL") from exc
+        raise BrokerDenied(f"the broker at {where} {_refused_login(url)}") from exc
     except (TimeoutError, amqp.AMQPError, OSError) as exc:
         # aiormq drops the broker's reason when Connection.Open is answered by Connection.Close.
         if isinstance(exc, amqp.ConnectionClosed | amqp.InvalidFrameError) and "OpenOk" in str(exc):
@@ -191,6 +192,8 @@ async def _connect(url: str, tls: ssl.SSLContext | None, name: str) -> _Link:
                 f"the broker at {where} refuses the vhost {vhost!r}: check the end of the broker URL, create the "
                 "vhost, or give the user rights in it (its limit of connections may be reached, too)"
             ) from exc
+        if tls is not None:
+            await _explain_tls(url, tls, where, exc)
         reason = "no answer in time" if isinstance(exc, TimeoutError) else _reason(exc)
         raise BrokerUnreachable(
             f"no broker answers at {where}: {reason}. Start one with 'fedbus broker start', or check the broker URL"
@@ -200,6 +203,77 @@ async def _connect(url: str, tls: ssl.SSLContext | None, name: str) -> _Link:
             await connection.close()
         raise
     return connection
+
+
+def _refused_login(url: str) -> str:
+    parts = urlsplit(url)
+    if "auth=external" not in parts.query.lower():
+        return "refuses the user or the password: check the broker URL"
+    return (
+        f"does not let the user {user_of(url)!r} in by this certificate: it was revoked or replaced, or belongs to "
+        "another broker; ask its operator for a new bundle"
+    )
+
+
+_ALERTS: Final = {
+    "UNKNOWN_CA": "it does not know the authority that signed our certificate: take the bundle that was made for it",
+    "CERTIFICATE_EXPIRED": "our certificate has expired: ask its operator for a new bundle (fedbus broker rotate)",
+    "CERTIFICATE_REVOKED": "our certificate was revoked",
+    "CERTIFICATE_REQUIRED": "it asks for a certificate, and we showed none: use --bundle FILE",
+    "HANDSHAKE_FAILURE": "it asks for a client's certificate, and ours is none, or not of that kind: use --bundle FILE",
+}
+"""What a broker says of our certificate: TLS alerts (RFC 8446, section 6), as OpenSSL names them."""
+
+
+async def _explain_tls(url: str, tls: ssl.SSLContext, where: str, exc: BaseException) -> None:
+    """Raise what tells the user what to do, where TLS is the matter.
+
+    A broker that refuses our certificate says so when our handshake is over already, and hangs up: what aiormq had sent
+    by then turns its word into a reset. So it is asked once more, by somebody who only listens.
+    """
+    error = _ssl_error_in(exc) or await _ask_for_alert(url, tls)
+    if error is None:
+        return
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise BrokerUnreachable(
+            f"the broker at {where} cannot be trusted: {error.verify_message.rstrip('.')}. Its certificate must be for "
+            "this host, and signed by the authority (CA) in your bundle, or by one that this machine trusts"
+        ) from exc
+    reason = error.reason or str(error)
+    if "WRONG_VERSION_NUMBER" in reason:
+        raise BrokerUnreachable(
+            f"the broker at {where} does not speak TLS on this port: 5671 is the usual one"
+        ) from exc
+    for alert, words in _ALERTS.items():
+        if alert in reason:
+            raise BrokerDenied(f"the broker at {where} turns us away: {words}") from exc
+    raise BrokerUnreachable(f"no TLS with the broker at {where}: {reason}") from exc
+
+
+def _ssl_error_in(exc: BaseException | None) -> ssl.SSLError | None:
+    seen = set[int]()
+    while exc is not None and id(exc) not in seen:
+        if isinstance(exc, ssl.SSLError):
+            return exc
+        seen.add(id(exc))  # aiormq's chains run in circles
+        exc = exc.__cause__ or exc.__context__
+    return None
+
+
+async def _ask_for_alert(url: str, tls: ssl.SSLContext) -> ssl.SSLError | None:
+    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(_ALERT_S):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 5671, ssl=tls)
+            try:
+                await reader.read(1)
+            finally:
+                writer.close()
+    except ssl.SSLError as exc:
+        return exc
+    except (OSError, TimeoutError):
+        pass
+    return None
 
 
 class RabbitMQBus(Bus):

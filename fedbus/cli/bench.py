@@ -15,7 +15,7 @@ from rich.table import Table
 from fedbus.bench.measure import RoundBench, Spread, bench_round
 from fedbus.bench.regimes import Outcome, bench_regimes
 from fedbus.bench.stragglers import Spec, bench_stragglers
-from fedbus.cli.options import Broker, Debug, Json, RunDir, run_async
+from fedbus.cli.options import Broker, Debug, Json, Plaintext, RunDir, run_async
 
 bench_app = typer.Typer(name="bench", help="Measure fedbus on this machine.", no_args_is_help=True)
 
@@ -31,6 +31,7 @@ def round_(
     model_mib: Annotated[float, typer.Option("--model-mib", help="Size of the model; 0.25 is fine, too.")] = 1.0,
     rounds: Annotated[int, typer.Option("--rounds", min=3, help="Rounds to measure; the first is a warm-up.")] = 10,
     broker: Broker = None,
+    plaintext: Plaintext = False,
     run_dir: RunDir = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -55,6 +56,7 @@ def stragglers(
     model_mib: Annotated[float, typer.Option("--model-mib", help="Size of the model.")] = 1.0,
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds to run.")] = 10,
     broker: Broker = None,
+    plaintext: Plaintext = False,
     run_dir: RunDir = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from fedbus.app import App, load_app
-from fedbus.cli.options import Broker, Debug, Json, LogJson, RunDir, run_async
+from fedbus.cli.options import Broker, Debug, Json, LogJson, Plaintext, RunDir, run_async
 from fedbus.cli.screen import result, screen
 from fedbus.errors import UsageError
 from fedbus.observe import events as o
@@ -26,6 +26,7 @@ _JOIN_IN_ROUND = 5
 
 def demo(
     broker: Broker = None,
+    plaintext: Plaintext = False,
     run_dir: RunDir = None,
     as_json: Json = False,
     log_json: LogJson = False,

@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+
+_BROKER = "--broker"
 
 
 def main() -> None:
     """Import the command line and run it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)
+    _hide_password()
     from fedbus.cli.main import main as run
 
     run()
+
+
+def _hide_password() -> None:
+    """Begin anew, in this process, with the broker's URL in the environment: everybody may list command lines."""
+    command, url = without_password(sys.orig_argv)
+    if url is not None:
+        os.environ["FEDBUS_BROKER"] = url
+        os.execv(sys.executable, [sys.executable, *command[1:]])
+
+
+def without_password(command: list[str]) -> tuple[list[str], str | None]:
+    """`command` without a broker's URL that holds a password, and that URL."""
+    for index, word in enumerate(command):
+        option, equals, url = word.partition("=")
+        if option != _BROKER:
+            continue
+        after = index + 1
+        if not equals:
+            url, after = (command[after] if after < len(command) else ""), after + 1
+        login = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+        if ":" in login:
+            return [*command[:index], *command[after:]], url
+    return command, None
 
 
 def _interrupted(*_: object) -> None:

@@ -12,21 +12,25 @@ import typer
 
 from fedbus.api import join, serve
 from fedbus.app import App, check_exists, load_app
+from fedbus.bus.bundle import Bundle as LoadedBundle
 from fedbus.cli.bench import bench_app
 from fedbus.cli.broker import broker_app
 from fedbus.cli.demo import demo
 from fedbus.cli.options import (
     AppReference,
     Broker,
+    Bundle,
     Debug,
     Json,
     LogJson,
+    Plaintext,
     Resume,
     RunDir,
-    broker_or_detached,
+    access_of,
     interrupt_as_error,
     is_debug,
     is_json,
+    load_bundle,
     log_level,
     run_async,
 )
@@ -66,6 +70,7 @@ def run(
     reference: AppReference,
     clients: Annotated[int, typer.Option("--clients", min=1, max=1000, help="Client processes to start.")] = 2,
     broker: Broker = None,
+    plaintext: Plaintext = False,
     run_dir: RunDir = None,
     as_json: Json = False,
     log_json: LogJson = False,
@@ -105,6 +110,8 @@ def _check_enough(app: App, clients: int) -> None:
 def server(
     reference: AppReference,
     broker: Broker = None,
+    bundle: Bundle = None,
+    plaintext: Plaintext = False,
     run_dir: RunDir = None,
     resume: Resume = False,
     as_json: Json = False,
@@ -118,10 +125,10 @@ def server(
     if resume and run_dir is None:
         raise UsageError("--resume needs --run-dir: the folder of the run that is to go on")
     loaded = load_app(reference)
-    url = broker_or_detached(broker)
+    access = access_of(broker, load_bundle(bundle, "server"))
     folder = run_dir or new_run_dir()
     with screen(folder, as_json=as_json, log_json=log_json, resume=resume) as shown:
-        history = run_async(serve(loaded, broker=url, run_dir=folder, resume=resume, observers=shown.observers))
+        history = run_async(serve(loaded, broker=access, run_dir=folder, resume=resume, observers=shown.observers))
         draw_curves(history, folder)
     report(history, folder, as_json=as_json)
 
@@ -129,8 +136,12 @@ def server(
 @app.command()
 def client(
     reference: AppReference,
-    client_id: Annotated[str, typer.Option("--id", metavar="NAME", help="The client's stable name.")],
+    client_id: Annotated[
+        str | None, typer.Option("--id", metavar="NAME", help="The client's stable name; a bundle has it.")
+    ] = None,
     broker: Broker = None,
+    bundle: Bundle = None,
+    plaintext: Plaintext = False,
     partition: Annotated[int, typer.Option("--partition", min=0, help="Which part of split data is this one's.")] = 0,
     num_partitions: Annotated[int, typer.Option("--num-partitions", min=1, help="Into how many it is split.")] = 1,
     as_json: Json = False,
@@ -143,13 +154,15 @@ def client(
     """
     if partition >= num_partitions:
         raise UsageError(f"--partition {partition} of --num-partitions {num_partitions}: they count from 0")
+    loaded_bundle = load_bundle(bundle, "client")
+    client_id = _client_id(client_id, loaded_bundle)
     loaded = load_app(reference)
-    url = broker_or_detached(broker)
+    access = access_of(broker, loaded_bundle)
     set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
     finished = run_async(
         join(
             loaded,
-            broker=url,
+            broker=access,
             client_id=client_id,
             partition=partition,
             num_partitions=num_partitions,
@@ -158,6 +171,16 @@ def client(
     )
     if as_json:
         typer.echo(json.dumps({"client_id": client_id, "finished": finished}))
+
+
+def _client_id(given: str | None, bundle: LoadedBundle | None) -> str:
+    known = bundle.client_id if bundle else None
+    if given is not None and known not in (None, given):
+        raise UsageError(f"the bundle is that of {known}, not of {given}: leave --id out, or take the other's bundle")
+    client_id = given or known
+    if client_id is None:
+        raise UsageError("say who this client is: --id NAME, or --bundle FILE")
+    return client_id
 
 
 def main() -> NoReturn:

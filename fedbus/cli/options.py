@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Coroutine
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from fedbus.bus.access import Access, access_to
+from fedbus.bus.bundle import Bundle as LoadedBundle
 from fedbus.bus.node import detached_state
-from fedbus.errors import BrokerUnreachable, RunFailed
+from fedbus.errors import BrokerUnreachable, RunFailed, UsageError
 
 T = TypeVar("T")
 
@@ -51,6 +54,26 @@ Json = Annotated[bool, typer.Option("--json", callback=_set_json, help="Print on
 LogJson = Annotated[bool, typer.Option("--log-json", help="Write the log as JSON, one event per line, to stderr.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, help="Show details, and the traceback of an error.")
+]
+
+
+Bundle = Annotated[
+    Path | None,
+    typer.Option("--bundle", envvar="FEDBUS_BUNDLE", metavar="FILE", help="As fedbus broker provision wrote it."),
+]
+
+
+def _set_plaintext(value: bool) -> bool:
+    if value:
+        os.environ["FEDBUS_PLAINTEXT"] = "1"  # for the processes that we start, too
+    return value
+
+
+Plaintext = Annotated[
+    bool,
+    typer.Option(
+        "--plaintext", callback=_set_plaintext, envvar="FEDBUS_PLAINTEXT", help="Allow amqp:// to another machine."
+    ),
 ]
 
 
@@ -94,11 +117,28 @@ def interrupt_as_error() -> None:
         signal.signal(number, interrupted)
 
 
-def broker_or_detached(broker: str | None) -> str:
-    """The URL given, else that of the node which `fedbus broker start` left running. Raises `BrokerUnreachable`."""
+def load_bundle(path: Path | None, *roles: str) -> LoadedBundle | None:
+    """The bundle given, which must have been made for one of `roles`."""
+    if path is None:
+        return None
+    bundle = LoadedBundle.load(path)
+    if bundle.role not in roles:
+        raise UsageError(f"the bundle {path} is for a {bundle.role}: this command needs that of a {roles[0]}")
+    return bundle
+
+
+def access_of(broker: str | None, bundle: LoadedBundle | None) -> Access:
+    """The way to the broker: by the bundle, or to the URL, or to the node which `fedbus broker start` left running.
+
+    Raises `BrokerUnreachable` when there is none, `UsageError` when there are two.
+    """
+    if bundle is not None:
+        if broker is not None:
+            raise UsageError("--broker (FEDBUS_BROKER) and --bundle both name a broker: give one of them")
+        return bundle.access
     if broker is not None:
-        return broker
+        return access_to(broker)
     state = detached_state("default")
     if state is None:
         raise BrokerUnreachable("no broker runs here: start one with 'fedbus broker start', or give --broker URL")
-    return state.url
+    return access_to(state.url)

@@ -22,13 +22,15 @@ class Identity:
 
     Args:
         own_user: the server's user on the broker. "FED.server" makes "FED.hospital-a" the user of hospital-a and
-            "FED.worker" that of the workers; with any other name a client's user is its id.
+            "FED.worker" that of the workers; with any other name a client's user is its id. What follows a "~" counts
+            the secrets that a user has had.
         virtual_clients: the ids that workers speak for.
     """
 
     def __init__(self, own_user: str, virtual_clients: Container[str] = ()) -> None:
         self._own_user = own_user
-        self._prefix = own_user.removesuffix(_SERVER) if f".{own_user}".endswith(f".{_SERVER}") else ""
+        name = _without_generation(own_user)
+        self._prefix = name.removesuffix(_SERVER) if f".{name}".endswith(f".{_SERVER}") else ""
         self._worker = f"{self._prefix}{_WORKER}"
         self._virtual_clients = virtual_clients
 
@@ -42,11 +44,10 @@ class Identity:
         """Raise `DecodeError`, or `ConfigError` for a name that is none, unless the sender is this client."""
         self._check_told(delivery)
         check_client_id(client_id)  # it is about to be a routing key, and on a screen
-        if client_id in self._virtual_clients:
-            may_speak = delivery.user_id in (self._own_user, self._worker)
-        else:
-            may_speak = delivery.user_id in (self._own_user, client_id, f"{self._prefix}{client_id}")
-        if not may_speak:
+        user = _without_generation(delivery.user_id or "")
+        is_virtual = client_id in self._virtual_clients
+        its_users = {self._worker} if is_virtual else {client_id, f"{self._prefix}{client_id}"}
+        if delivery.user_id != self._own_user and user not in its_users:
             raise DecodeError(
                 f"{_shown(delivery.user_id)} is not the user of {client_id}: each client logs in as itself"
             )
@@ -64,6 +65,10 @@ class Identity:
             raise DecodeError("a message with a CC header: nobody may choose further routing keys")
         if delivery.user_id is None:
             raise DecodeError("a message without a user_id: its sender cannot be told")
+
+
+def _without_generation(user: str) -> str:
+    return user.partition("~")[0]
 
 
 def _shown(user: str | None) -> str:
