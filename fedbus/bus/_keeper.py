@@ -125,13 +125,16 @@ class Keeper:
     def _start_beam(self) -> str:
         self.beam = self._spawn([self.spec["script"]])
         deadline = time.monotonic() + self.spec["start_timeout_s"]
-        while not _speaks_amqp(self.spec["port"]):
+        while not self._is_open():
             if self.beam.poll() is not None:
                 return f"ended with status {self.beam.returncode} before it was ready"
             if time.monotonic() > deadline:
                 return f"not ready after {self.spec['start_timeout_s']:g} s"
             self._wait(_PROBE_S)
         return ""
+
+    def _is_open(self) -> bool:
+        return _speaks_amqp(self.spec["port"]) and all(_accepts(port, host) for host, port in self.spec["other_doors"])
 
     def _spawn(self, arguments: list[str]) -> subprocess.Popen[bytes]:
         with open(self.folder / "log" / "console.log", "ab") as log:
@@ -239,9 +242,9 @@ def _speaks_amqp(port: int) -> bool:
         return False
 
 
-def _accepts(port: int) -> bool:
+def _accepts(port: int, host: str = "127.0.0.1") -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1.0):
+        with socket.create_connection((host, port), timeout=1.0):
             return True
     except OSError:
         return False

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import fcntl
 import glob
+import ipaddress
 import json
 import os
 import re
@@ -23,19 +24,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
 from fedbus.errors import BrokerMissing, NodeError, UsageError
 
 _USER = "fedbus"
+_LOOPBACK = "127.0.0.1"
 _NODENAME = "fedbus@localhost"  # part of the data's path: it must not change with the port
 _KEEPER = Path(__file__).with_name("_keeper.py")
 _SYSTEM_FOLDERS = ("/usr/lib/rabbitmq/bin", "/usr/lib/rabbitmq/sbin")
 _BREW_PREFIXES = ("/opt/homebrew", "/usr/local", "/home/linuxbrew/.linuxbrew")
 _WAL_BYTES = 64 << 20
+# Forward secrecy and authenticated encryption only: of OTP 25's defaults for TLS 1.2 that leaves out CBC and CCM_8.
+_CIPHERS = (
+    "TLS_AES_256_GCM_SHA384",
+    "TLS_CHACHA20_POLY1305_SHA256",
+    "TLS_AES_128_GCM_SHA256",
+    "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "ECDHE-RSA-AES256-GCM-SHA384",
+    "ECDHE-ECDSA-CHACHA20-POLY1305",
+    "ECDHE-RSA-CHACHA20-POLY1305",
+    "ECDHE-ECDSA-AES128-GCM-SHA256",
+    "ECDHE-RSA-AES128-GCM-SHA256",
+)
 _ATTEMPTS = 3  # a free port can be lost to somebody else before the broker binds it
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
@@ -50,15 +64,43 @@ _INSTALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class NodeState:
-    """A node that runs: where it is (`url` holds the password), and its processes; `started_at` in Unix seconds."""
+    """A node that runs: where it is (`url` holds the password), and its processes; `started_at` in Unix seconds.
 
-    url: str
+    `port` and `management_port` are on 127.0.0.1; `tls_address` and `tls_port` are where others reach it, if they may.
+    """
+
+    url: str = field(repr=False)
     port: int
+    tls_address: str | None
+    tls_port: int | None
+    management_port: int | None
     pid: int
     epmd_pid: int
+    epmd_port: int
     keeper_pid: int
     data_dir: Path
     started_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsListener:
+    """Where other machines reach a node: by TLS 1.2 or 1.3 alone; without TLS it is reached from its own machine only.
+
+    Args:
+        address: IP address of this machine to listen at; "0.0.0.0" or "::" for all of them.
+        port: None takes a free one.
+        ca: PEM file of those whose certificates let users in, by their common name.
+        certificate: PEM file, the node's own.
+        key: PEM file that goes with it.
+        require_certificate: turn away whoever shows no certificate of `ca`, before a word of AMQP is said.
+    """
+
+    address: str
+    ca: Path
+    certificate: Path
+    key: Path
+    port: int | None = 5671
+    require_certificate: bool = True
 
 
 class PrivateNode:
@@ -68,6 +110,8 @@ class PrivateNode:
         port: AMQP port on 127.0.0.1; None takes a free one.
         data_dir: folder that keeps the broker's data; None takes a temporary one, deleted at the end.
         start_timeout_s: seconds within which the broker must answer.
+        listener: where other machines reach it, too.
+        management_port: of the management API on 127.0.0.1, 0 for a free one; None leaves it out (it takes memory).
 
     Raises:
         BrokerMissing: RabbitMQ or Erlang is not installed.
@@ -75,9 +119,15 @@ class PrivateNode:
     """
 
     def __init__(
-        self, *, port: int | None = None, data_dir: Path | None = None, start_timeout_s: float = _START_TIMEOUT_S
+        self,
+        *,
+        port: int | None = None,
+        data_dir: Path | None = None,
+        start_timeout_s: float = _START_TIMEOUT_S,
+        listener: TlsListener | None = None,
+        management_port: int | None = None,
     ) -> None:
-        self._port = port
+        self._doors = _Doors(port, listener, management_port)
         self._data_dir = data_dir
         self._start_timeout_s = start_timeout_s
         self._keeper: _KeeperProcess | None = None
@@ -159,17 +209,8 @@ class PrivateNode:
         self._state = self._running_keeper().ask_state("start")
 
     def rabbitmqctl(self, *args: str) -> str:
-        """What `rabbitmqctl ARGS` prints about this node. Blocks for a second or two.
-
-        Raises:
-            NodeError: the command fails.
-        """
-        settings = self._running_keeper().settings
-        command = [os.fspath(settings.programs.script.with_name("rabbitmqctl")), "-q", "-n", _NODENAME, *args]
-        done = subprocess.run(command, env=_environment(settings), capture_output=True, text=True)
-        if done.returncode != 0:
-            raise NodeError(f"rabbitmqctl {args[0]} failed: {' '.join((done.stderr or done.stdout).split())[:300]}")
-        return done.stdout
+        """As `rabbitmqctl`, about this node."""
+        return rabbitmqctl(self.state, *args)
 
     def _running_keeper(self) -> _KeeperProcess:
         if self._keeper is None:
@@ -180,12 +221,12 @@ class PrivateNode:
         if self._keeper is not None:
             raise NodeError("this private node runs already")
         programs = _find_programs()
-        _check_port(self._port)
+        _check_doors(self._doors)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._start_once(programs)
             except _PortLost:
-                if self._port is not None or attempt == _ATTEMPTS:
+                if self._doors.are_chosen or attempt == _ATTEMPTS:
                     raise
 
     def _start_once(self, programs: _Programs) -> None:
@@ -198,7 +239,9 @@ class PrivateNode:
                 self._keeper = _KeeperProcess(lock)
             if self._cancelled:
                 raise NodeError("cancelled while starting")
-            settings = _Settings(folder, _choose_ports(self._port), programs, self._start_timeout_s)
+            settings = _Settings(
+                folder, _choose_ports(self._doors), programs, self._start_timeout_s, self._doors.listener
+            )
             self._state = self._keeper.start(settings, throwaway=throwaway)
         except BaseException as error:
             self._stop()
@@ -233,8 +276,45 @@ def find_rabbitmq() -> Path:
     raise BrokerMissing(f"RabbitMQ was not found on this machine: {_INSTALL}")
 
 
-def start_detached(*, name: str = "default", port: int | None = None) -> NodeState:
+def rabbitmqctl(state: NodeState, *args: str, stdin: str = "") -> str:
+    """What `rabbitmqctl ARGS` prints about a private node. Blocks for a second or two.
+
+    Raises:
+        NodeError: the command fails.
+    """
+    programs = _find_programs()
+    return run_rabbitmqctl(
+        [os.fspath(programs.script.with_name("rabbitmqctl")), "-n", _NODENAME],
+        args,
+        stdin=stdin,
+        environment=_tool_environment(state.data_dir, state.epmd_port, programs.path),
+    )
+
+
+def run_rabbitmqctl(
+    command: Sequence[str], args: Sequence[str], *, stdin: str = "", environment: Mapping[str, str] | None = None
+) -> str:
+    """What `command`, some rabbitmqctl, prints when it is given `args` and, where others must not see it, `stdin`.
+
+    Raises:
+        NodeError: the command fails.
+    """
+    done = subprocess.run([*command, "-q", *args], env=environment, input=stdin, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise NodeError(f"rabbitmqctl {args[0]} failed: {' '.join((done.stderr or done.stdout).split())[:300]}")
+    return done.stdout
+
+
+def start_detached(
+    *,
+    name: str = "default",
+    port: int | None = None,
+    listener: TlsListener | None = None,
+    management_port: int | None = None,
+) -> NodeState:
     """Start the node `name`, which outlives this process; return it as it is when it runs already.
+
+    The other arguments are those of `PrivateNode`.
 
     Its data lies under `$XDG_STATE_HOME/fedbus/broker/<name>` and survives `stop_detached`.
 
@@ -242,17 +322,17 @@ def start_detached(*, name: str = "default", port: int | None = None) -> NodeSta
         BrokerMissing: RabbitMQ or Erlang is not installed.
         NodeError: the port is taken, or the broker does not come up.
     """
-    folder = _make_folder(_detached_folder(name))
+    folder = _make_folder(detached_folder(name))
+    doors = _Doors(port, listener, management_port)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
         with _held_lock(folder) as lock:
             if lock is not None:
                 _clear_stale(folder)
-                return _start_detached_in(folder, port, lock)
+                return _start_detached_in(folder, doors, lock)
         state = _live_state(folder)
         if state is not None:
-            if port not in (None, state.port):
-                raise NodeError(f"the broker {name!r} runs on port {state.port} already: stop it first")
+            _check_runs_as_asked(name, state, doors)
             return state
         if time.monotonic() > deadline:
             raise NodeError(f"somebody else is starting a node in {folder}, and does not come to an end")
@@ -266,7 +346,7 @@ def stop_detached(name: str = "default") -> bool:
         return False
     with contextlib.suppress(ProcessLookupError):
         os.kill(state.keeper_pid, signal.SIGTERM)
-    folder = _detached_folder(name)
+    folder = detached_folder(name)
     deadline = time.monotonic() + _STOP_TIMEOUT_S
     while _locked(folder):
         if time.monotonic() > deadline:
@@ -277,7 +357,7 @@ def stop_detached(name: str = "default") -> bool:
 
 def detached_state(name: str = "default") -> NodeState | None:
     """Return the running node `name`, or None; what a dead one left behind is cleared away."""
-    folder = _detached_folder(name)
+    folder = detached_folder(name)
     if not folder.is_dir():
         return None
     with _held_lock(folder) as lock:
@@ -285,6 +365,19 @@ def detached_state(name: str = "default") -> NodeState | None:
             _clear_stale(folder)
             return None
     return _live_state(folder)
+
+
+def _check_runs_as_asked(name: str, state: NodeState, doors: _Doors) -> None:
+    if doors.port not in (None, state.port):
+        raise NodeError(f"the broker {name!r} runs on port {state.port} already: stop it first")
+    if doors.management_port not in (None, 0, state.management_port):
+        raise NodeError(f"the broker {name!r} runs without the management API on that port: stop it first")
+    listener = doors.listener
+    if listener is None:
+        return
+    if listener.address != state.tls_address or listener.port not in (None, state.tls_port):
+        where = "no other machine" if state.tls_address is None else f"{state.tls_address}, port {state.tls_port}"
+        raise NodeError(f"the broker {name!r} runs already and listens to {where}: stop it first")
 
 
 class _PortLost(NodeError):
@@ -299,10 +392,26 @@ class _Programs:
 
 
 @dataclass(frozen=True)
+class _Doors:
+    """Where the node is to be reached, as it was asked for."""
+
+    port: int | None = None
+    listener: TlsListener | None = None
+    management_port: int | None = None
+
+    @property
+    def are_chosen(self) -> bool:
+        """Whether a port is not ours to change when somebody else has it."""
+        return bool(self.port or self.management_port or (self.listener is not None and self.listener.port))
+
+
+@dataclass(frozen=True)
 class _Ports:
     amqp: int
     distribution: int
     epmd: int
+    tls: int | None = None
+    management: int | None = None
 
 
 @dataclass(frozen=True)
@@ -311,6 +420,7 @@ class _Settings:
     ports: _Ports
     programs: _Programs
     start_timeout_s: float
+    listener: TlsListener | None = None
 
 
 class _KeeperProcess:
@@ -330,11 +440,6 @@ class _KeeperProcess:
         )
         self._settings: _Settings | None = None
 
-    @property
-    def settings(self) -> _Settings:
-        assert self._settings is not None, "started with them"
-        return self._settings
-
     def start(self, settings: _Settings, *, throwaway: bool = False, state_file: Path | None = None) -> NodeState:
         self._settings = settings
         try:
@@ -350,13 +455,22 @@ class _KeeperProcess:
             "epmd": settings.programs.epmd,
             "port": ports.amqp,
             "epmd_port": ports.epmd,
+            "other_doors": _other_doors(settings),
             "env": _environment(settings),
             "start_timeout_s": settings.start_timeout_s,
             "throwaway": throwaway,
             "graceful": not throwaway,
             "detached": state_file is not None,
             "state_file": str(state_file),
-            "state": {"url": url, "port": ports.amqp, "data_dir": str(settings.folder)},
+            "state": {
+                "url": url,
+                "port": ports.amqp,
+                "tls_address": None if settings.listener is None else settings.listener.address,
+                "tls_port": ports.tls,
+                "management_port": ports.management,
+                "epmd_port": ports.epmd,
+                "data_dir": str(settings.folder),
+            },
         }
         return self.ask_state(json.dumps(spec))
 
@@ -416,15 +530,15 @@ class _KeeperProcess:
                 pipe.close()
 
 
-def _start_detached_in(folder: Path, port: int | None, lock: int) -> NodeState:
+def _start_detached_in(folder: Path, doors: _Doors, lock: int) -> NodeState:
     programs = _find_programs()
-    _check_port(port)
+    _check_doors(doors)
     for attempt in range(1, _ATTEMPTS + 1):
-        settings = _Settings(folder, _choose_ports(port), programs, _START_TIMEOUT_S)
+        settings = _Settings(folder, _choose_ports(doors), programs, _START_TIMEOUT_S, doors.listener)
         try:
             return _start_keeper_of_its_own(settings, lock)
         except _PortLost:
-            if port is not None or attempt == _ATTEMPTS:
+            if doors.are_chosen or attempt == _ATTEMPTS:
                 raise
     raise AssertionError("the last attempt returns or raises")
 
@@ -523,35 +637,63 @@ def _locked(folder: Path) -> bool:
         return lock is None
 
 
-def _check_port(port: int | None) -> None:
+def _check_doors(doors: _Doors) -> None:
+    _check_port("--port", doors.port)
+    _check_port("--management-port", doors.management_port or None)
+    if doors.listener is not None:
+        _check_address(doors.listener.address)
+        _check_port("--tls-port", doors.listener.port, doors.listener.address)
+        for file in (doors.listener.ca, doors.listener.certificate, doors.listener.key):
+            if not os.access(file, os.R_OK):
+                raise NodeError(f"{file} cannot be read: the node needs it for TLS")
+
+
+def _check_address(address: str) -> None:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        raise UsageError(
+            f"--listen {address[:80]!r} is no IP address: take one of this machine, or 0.0.0.0 for all of them"
+        ) from None
+    try:
+        _bind(0, address).close()
+    except OSError as error:
+        raise NodeError(f"this machine has no address {address}: 'ip address' shows those it has") from error
+
+
+def _check_port(option: str, port: int | None, address: str = _LOOPBACK) -> None:
     if port is None:
         return
     if not 1 <= port <= 65535:
         raise UsageError(f"port {port} does not exist: take one of 1 to 65535, or none for a free one")
     try:
-        _bind(port).close()
+        _bind(port, address).close()
     except PermissionError as error:
         raise NodeError(f"port {port} needs root: take one above 1023, or none for a free one") from error
     except OSError as error:
-        raise NodeError(
-            f"port {port} on 127.0.0.1 is taken by another program: pass another --port, or none for a free one"
-        ) from error
+        raise NodeError(f"port {port} on {address} is taken by another program: pass another {option}") from error
 
 
-def _choose_ports(port: int | None) -> _Ports:
+def _choose_ports(doors: _Doors) -> _Ports:
     with contextlib.ExitStack() as held:  # held together, so that they differ
-        amqp = port or held.enter_context(_bind(0)).getsockname()[1]
-        distribution = held.enter_context(_bind(0)).getsockname()[1]
-        epmd = held.enter_context(_bind(0)).getsockname()[1]
-    return _Ports(amqp, distribution, epmd)
+
+        def free(address: str = _LOOPBACK) -> int:
+            return int(held.enter_context(_bind(0, address)).getsockname()[1])
+
+        tls, management = None, doors.management_port
+        if doors.listener is not None:
+            tls = doors.listener.port or free(doors.listener.address)
+        if management is not None:
+            management = management or free()
+        return _Ports(amqp=doors.port or free(), distribution=free(), epmd=free(), tls=tls, management=management)
 
 
-def _bind(port: int) -> socket.socket:
+def _bind(port: int, address: str = _LOOPBACK) -> socket.socket:
     """Bind a chosen port as the broker will: connections that linger in TIME_WAIT do not count as taken."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(port != 0))
-        listener.bind(("127.0.0.1", port))
+        listener.bind((address, port))
     except OSError:
         listener.close()
         raise
@@ -568,7 +710,7 @@ def _prepare(settings: _Settings) -> str:
             log.replace(log.with_suffix(".previous"))  # a boot error is looked for in this boot's log
     password = _secret(folder / "password")
     _secret(folder / ".erlang.cookie")  # the node's HOME: the user's own cookie is neither read nor written
-    _write_private(folder / "enabled_plugins", "[].\n")
+    _write_private(folder / "enabled_plugins", f"[{','.join(_plugins(settings))}].\n")
     _write_private(folder / "advanced.config", "[].\n")
     _write_private(
         folder / "rabbitmq.conf",
@@ -581,9 +723,44 @@ def _prepare(settings: _Settings) -> str:
         # The log of the quorum queues lies in memory, too, and then once more while it is moved: 512 MiB by default.
         f"raft.wal_max_size_bytes = {_WAL_BYTES}\n"
         "log.console = false\n"
-        "log.file.level = warning\n",
+        "log.file.level = warning\n" + _listening(settings),
     )
     return password
+
+
+def _plugins(settings: _Settings) -> list[str]:
+    wanted = {
+        "rabbitmq_auth_mechanism_ssl": settings.listener is not None,
+        "rabbitmq_management": settings.ports.management is not None,
+    }
+    return [plugin for plugin, is_wanted in wanted.items() if is_wanted]
+
+
+def _listening(settings: _Settings) -> str:
+    """The settings of all doors but the one that is always there."""
+    lines = []
+    if settings.ports.management is not None:
+        lines += [f"management.tcp.ip = {_LOOPBACK}", f"management.tcp.port = {settings.ports.management}"]
+    if settings.listener is not None:
+        lines += [
+            f"listeners.ssl.1 = {settings.listener.address}:{settings.ports.tls}",
+            f"ssl_options.cacertfile = {settings.listener.ca}",
+            f"ssl_options.certfile = {settings.listener.certificate}",
+            f"ssl_options.keyfile = {settings.listener.key}",
+            "ssl_options.verify = verify_peer",
+            f"ssl_options.fail_if_no_peer_cert = {str(settings.listener.require_certificate).lower()}",
+            "ssl_options.versions.1 = tlsv1.3",
+            "ssl_options.versions.2 = tlsv1.2",
+            "ssl_options.client_renegotiation = false",
+            *(f"ssl_options.ciphers.{number} = {cipher}" for number, cipher in enumerate(_CIPHERS, 1)),
+            "auth_mechanisms.1 = EXTERNAL",
+            "auth_mechanisms.2 = PLAIN",
+            "ssl_cert_login_from = common_name",
+            # The node's own administrator comes from this machine alone.
+            f"loopback_users.{_USER} = true",
+            "max_message_size = 16777216",  # what RabbitMQ 4 allows; parts are about 1 MiB
+        ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _secret(path: Path) -> str:
@@ -600,21 +777,39 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _environment(settings: _Settings) -> dict[str, str]:
-    """The broker's environment: ours without what would lead it to another node's settings."""
-    folder, ports = settings.folder, settings.ports
+def _other_doors(settings: _Settings) -> list[tuple[str, int]]:
+    """Host and port of the listeners that come up after the first; one at all addresses is reached at loopback."""
+    doors = []
+    if settings.listener is not None and settings.ports.tls is not None:
+        address = settings.listener.address
+        doors.append(({"0.0.0.0": _LOOPBACK, "::": "::1"}.get(address, address), settings.ports.tls))
+    if settings.ports.management is not None:
+        doors.append((_LOOPBACK, settings.ports.management))
+    return doors
+
+
+def _tool_environment(folder: Path, epmd_port: int, path: str) -> dict[str, str]:
+    """Our environment without what would lead RabbitMQ's programs to another node, and with what leads to this one."""
     foreign = ("RABBITMQ_", "ERL_", "XDG_", "NOTIFY_", "LISTEN_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     return {
         **inherited,
         "HOME": str(folder),
-        "PATH": settings.programs.path,
-        "RUNNING_UNDER_SYSTEMD": "true",  # the script execs the beam: its pid is the one we started
+        "PATH": path,
         "ERL_CRASH_DUMP_SECONDS": "0",
-        "ERL_EPMD_PORT": str(ports.epmd),
-        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "ERL_EPMD_PORT": str(epmd_port),
+        "ERL_EPMD_ADDRESS": _LOOPBACK,
         "RABBITMQ_CONF_ENV_FILE": os.devnull,
         "RABBITMQ_NODENAME": _NODENAME,
+    }
+
+
+def _environment(settings: _Settings) -> dict[str, str]:
+    """The broker's own environment."""
+    folder, ports = settings.folder, settings.ports
+    return {
+        **_tool_environment(folder, ports.epmd, settings.programs.path),
+        "RUNNING_UNDER_SYSTEMD": "true",  # the script execs the beam: its pid is the one we started
         "RABBITMQ_DIST_PORT": str(ports.distribution),
         "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
         "RABBITMQ_LOG_BASE": str(folder / "log"),
@@ -656,7 +851,8 @@ def _telling_line(log: Path) -> str:
     return next(telling, last)[:300]
 
 
-def _detached_folder(name: str) -> Path:
+def detached_folder(name: str) -> Path:
+    """Where the detached node `name` keeps its data and secrets, whether it exists or not."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"broker name {name[:80]!r} cannot be used: take letters, digits, '.', '_' or '-', at most 64")
     home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")

@@ -159,7 +159,7 @@ class _Node:
         self.name = f"fedbus{number}@localhost"
         self.folder = base / f"node-{number}"
         self.folder.mkdir(mode=0o700)
-        self.ports = private._choose_ports(None)
+        self.ports = private._choose_ports(private._Doors())
         self.url = ""
         self._programs = programs
         self._beam: subprocess.Popen[bytes] | None = None
