@@ -9,26 +9,76 @@ from typing import Annotated, Any
 
 import typer
 
-from fedbus.bus.node import NodeState, detached_state, start_detached, stop_detached
+from fedbus.bus.node import NodeState, detached_folder, detached_state, start_detached, stop_detached
+from fedbus.cli.provision import (
+    Ca,
+    CaKey,
+    Certificate,
+    Door,
+    DoorLogin,
+    Hosts,
+    Key,
+    Listen,
+    TlsPort,
+    add_provisioning,
+    listener_for,
+)
 
-broker_app = typer.Typer(name="broker", help="Start, stop and look at a private RabbitMQ node.", no_args_is_help=True)
+broker_app = typer.Typer(
+    name="broker", help="A private RabbitMQ node, and who may do what on a broker.", no_args_is_help=True
+)
 
 _Name = Annotated[str, typer.Option("--name", help="Which node, where there are several.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (the URL holds the password).")]
 _ShowUrl = Annotated[bool, typer.Option("--show-url", help="Print the URL, password included.")]
 _Port = Annotated[int | None, typer.Option("--port", help="AMQP port on 127.0.0.1; default: a free one.")]
+_ManagementPort = Annotated[
+    int | None, typer.Option("--management-port", min=0, help="Port of the management API on 127.0.0.1; 0: a free one.")
+]
 
 
 @broker_app.command()
-def start(port: _Port = None, name: _Name = "default", as_json: _Json = False, show_url: _ShowUrl = False) -> None:
-    """Start the node, or say where it runs already."""
+def start(
+    port: _Port = None,
+    name: _Name = "default",
+    listen: Listen = None,
+    tls_port: TlsPort = 5671,
+    hosts: Hosts = None,
+    login: DoorLogin = "certificate",
+    ca: Ca = None,
+    ca_key: CaKey = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    management_port: _ManagementPort = None,
+    as_json: _Json = False,
+    show_url: _ShowUrl = False,
+) -> None:
+    """Start the node, or say where it runs already.
+
+    Other machines reach it where --listen says, by TLS alone; 'fedbus broker provision' makes their bundles.
+    """
     began = time.time()
-    state = start_detached(name=name, port=port)
+    door = Door(
+        listen=listen,
+        tls_port=tls_port,
+        hosts=hosts or (),
+        login=login,
+        ca=ca,
+        ca_key=ca_key,
+        certificate=certificate,
+        key=key,
+    )
+    listener = listener_for(detached_folder(name), door)
+    state = start_detached(name=name, port=port, listener=listener, management_port=management_port)
     if as_json:
         _echo_json(state)
         return
     verb = "started" if state.started_at >= began else "is already running"
     typer.echo(f"broker {name!r} {verb} on 127.0.0.1:{state.port} (pid {state.pid}, data in {state.data_dir})")
+    if state.tls_address is not None:
+        typer.echo(f"other machines reach it by TLS at {state.tls_address}, port {state.tls_port}")
+    if state.management_port is not None:
+        typer.echo(f"management API: http://127.0.0.1:{state.management_port}")
     if name == "default":
         typer.echo("other terminals of this user find it by themselves; stop it with: fedbus broker stop")
     else:
@@ -65,7 +115,9 @@ def status(name: _Name = "default", as_json: _Json = False, show_url: _ShowUrl =
 
 
 def _echo_json(state: NodeState | None) -> None:
-    fields: dict[str, Any] = {"url": None, "port": None, "pid": None, "data_dir": None}
-    if state is not None:
-        fields = {"url": state.url, "port": state.port, "pid": state.pid, "data_dir": os.fspath(state.data_dir)}
-    typer.echo(json.dumps({**fields, "running": state is not None}))
+    shown = ("url", "port", "tls_address", "tls_port", "management_port", "pid", "data_dir")
+    fields: dict[str, Any] = {name: getattr(state, name, None) for name in shown}
+    typer.echo(json.dumps({**fields, "running": state is not None}, default=os.fspath))
+
+
+add_provisioning(broker_app)
