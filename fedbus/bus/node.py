@@ -641,14 +641,15 @@ def _check_doors(doors: _Doors) -> None:
     _check_port("--port", doors.port)
     _check_port("--management-port", doors.management_port or None)
     if doors.listener is not None:
-        _check_address(doors.listener.address)
+        check_address(doors.listener.address)
         _check_port("--tls-port", doors.listener.port, doors.listener.address)
         for file in (doors.listener.ca, doors.listener.certificate, doors.listener.key):
             if not os.access(file, os.R_OK):
                 raise NodeError(f"{file} cannot be read: the node needs it for TLS")
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
+    """Raise `UsageError` or `NodeError` unless this machine can listen at `address`."""
     try:
         ipaddress.ip_address(address)
     except ValueError:
