@@ -37,6 +37,7 @@ from fedbus.errors import (
     QueueBusy,
     QueueMismatch,
     QueueMissing,
+    Unroutable,
     leaf,
     one_line,
 )
@@ -291,7 +292,8 @@ class ClientRuntime:
 
     async def _ask_to_join(self, pause_s: float) -> None:
         join = m.Join(client_id=self._client_id, session=self._session)
-        with contextlib.suppress(PublishUnconfirmed, QueueMissing):  # no exchange: no server has ever been here
+        # Without an exchange, or a queue behind it, no server has ever been here, or is just beginning.
+        with contextlib.suppress(PublishUnconfirmed, QueueMissing, Unroutable):
             await self._bus.publish(CONTROL, self._client_id, encode(join), expires_s=2 * pause_s)
 
     def _note_no_server(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -207,3 +208,14 @@ async def test_the_memory_bus_refuses_who_may_not_declare_and_a_second_exclusive
     async with own.consume(inbox("c1"), prefetch=1):
         with pytest.raises(QueueBusy):
             await confined.consume(inbox("c1"), prefetch=1, exclusive=True).__aenter__()
+
+
+async def test_a_confined_client_waits_while_a_server_is_still_making_its_queues() -> None:
+    story = Confined(app_of(rounds={"min_fit_clients": 1, "num_rounds": 1}))
+    await story.broker.connect("server").declare(dataclasses.replace(ingress(), queues=(), bindings=()))
+    client = story.start_confined("c1")
+    await story.until(o.ServerAwaited)
+    assert (await story.start_server()).updates == 1
+    assert (await client).finished
+    for bus in story.all_buses:
+        await bus.close()
