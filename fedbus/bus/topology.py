@@ -1,14 +1,15 @@
 """Every exchange, queue and binding of a federation, as data.
 
-    server ──> fedbus.model   (fanout) ──> fedbus.model          stream: each model version once
-    server ──> fedbus.tasks   (direct) ──> fedbus.inbox.CLIENT   tasks, receipts
-    client ──> fedbus.control (topic)  ──> fedbus.control        joins, heartbeats, evaluation results
-    client ──> fedbus.updates (topic)  ──> fedbus.updates        updates, in parts; quorum
-                                           fedbus.dead           what could not be processed
+    server ──> fedbus.broadcast (fanout) ──> fedbus.model        stream: each model version once
+    server ──> fedbus.tasks     (direct) ──> fedbus.inbox.CLIENT tasks, receipts
+    client ──> fedbus.control   (topic)  ──> fedbus.control      joins, heartbeats, evaluation results
+    client ──> fedbus.updates   (topic)  ──> fedbus.updates      updates, in parts; quorum
+                                             fedbus.dead         what could not be processed
     server ──> fedbus.lock.server, client ──> fedbus.lock.client.CLIENT: held, so that there is only one of each
 
 A federation is a vhost: the names need no prefix of their own. Clients publish with their id as the routing key: the
-queues take them all, but a broker can be told (topic permissions) which keys a user may use.
+queues take them all, but a broker can be told (topic permissions) which keys a user may use. No exchange is called like
+a queue that clients read: RabbitMQ's rights are for both, and whoever may read an exchange may bind another one to it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+BROADCAST = "fedbus.broadcast"
 MODEL = "fedbus.model"
 TASKS = "fedbus.tasks"
 CONTROL = "fedbus.control"
@@ -135,7 +137,7 @@ def model_stream(model_bytes: int, *, versions: int = 4) -> Topology:
     kept_bytes = max(4 * model_bytes, min(versions * model_bytes, _MANY_VERSIONS_BYTES))
     max_bytes = 1 << max(28, (kept_bytes - 1).bit_length())
     return Topology(
-        exchanges=(Exchange(name=MODEL, kind="fanout"),),
+        exchanges=(Exchange(name=BROADCAST, kind="fanout"),),
         queues=(Queue(name=MODEL, kind="stream", max_bytes=max_bytes, segment_bytes=max_bytes // 4),),
-        bindings=(Binding(exchange=MODEL, queue=MODEL),),
+        bindings=(Binding(exchange=BROADCAST, queue=MODEL),),
     )

@@ -6,7 +6,7 @@ import asyncio
 from typing import Final
 
 from fedbus.bus.base import Bus
-from fedbus.bus.topology import MODEL, model_stream
+from fedbus.bus.topology import BROADCAST, MODEL, model_stream
 from fedbus.errors import DecodeError, QueueMismatch, QueueMissing
 from fedbus.types import Tensors
 from fedbus.wire.codec import decode, encode
@@ -65,14 +65,14 @@ class ModelPublisher:
             payload=buffers,
         )
         # One confirm awaited per part: then each message is a chunk of its own, which readers fetch one by one.
-        await self._bus.publish(MODEL, "", encode(head))
+        await self._bus.publish(BROADCAST, "", encode(head))
         if self._next_offset is None:  # only now is there anything of ours to find
             self._next_offset = await self._end_of(head.transfer, 0)
         head_out.set_result(self._next_offset)
         for index in range(1, outgoing.parts):
             buffers = outgoing.part(index)
             part = Part(transfer=head.transfer, index=index, checksum=checksum(buffers), payload=buffers)
-            await self._bus.publish(MODEL, "", encode(part))
+            await self._bus.publish(BROADCAST, "", encode(part))
         self._next_offset += outgoing.parts
         self._unseen_bytes += outgoing.nbytes
         self._last = (head.transfer, outgoing.parts - 1)

@@ -15,7 +15,7 @@ import pytest
 
 from fedbus.bus.base import Bus, hold_patiently
 from fedbus.bus.memory import MemoryBroker
-from fedbus.bus.topology import CONTROL, DEAD, UPDATES, client_inbox, inbox, ingress, model_stream
+from fedbus.bus.topology import BROADCAST, CONTROL, DEAD, UPDATES, client_inbox, inbox, ingress, model_stream
 from fedbus.client.reader import ModelReader, Place
 from fedbus.errors import BrokerClosed, ConfigError, QueueBusy, QueueMismatch, QueueMissing, RunFailed
 from fedbus.observe import events as o
@@ -1011,7 +1011,7 @@ async def test_parts_of_another_version_are_not_mixed_in() -> None:
     )
     foreign = m.Part(transfer="run/1/9", index=1, checksum=checksum(second), payload=second)
     for message in (head, foreign):
-        await bus.publish("fedbus.model", "", encode(message))
+        await bus.publish(BROADCAST, "", encode(message))
     with pytest.raises(QueueMissing, match="not whole"):
         await ModelReader(bus).read(place(0, 0))
 

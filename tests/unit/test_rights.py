@@ -24,6 +24,7 @@ NAMES = (
     "amq.default",
     "amq.topic",
     topology.MODEL,
+    topology.BROADCAST,
     topology.TASKS,
     topology.CONTROL,
     topology.UPDATES,
@@ -78,6 +79,14 @@ def test_the_definitions_of_a_client_name_its_user_in_its_vhost() -> None:
         (topology.CONTROL, "^a$"),
         (topology.UPDATES, "^a$"),
     }
+
+
+@pytest.mark.parametrize("who", ["a.b", "worker"])
+def test_no_exchange_can_be_bound_to_where_its_members_write(who: str) -> None:
+    """A right to read holds for exchanges, too, and whoever may read one may bind it to another that it may write to."""
+    exchanges = [*topology.ingress().exchanges, *topology.model_stream(1).exchanges]
+    assert len(exchanges) >= 5
+    assert [exchange.name for exchange in exchanges if re.search(permissions_of(who).read, exchange.name)] == []
 
 
 def test_only_clients_are_held_to_a_few_connections() -> None:
