@@ -120,6 +120,13 @@ class Bus(ABC):
         """Delete the queue with all it holds; nothing happens when it is not there."""
 
     @abstractmethod
+    async def purge(self, queue: str) -> None:
+        """Drop what waits in the queue; what consumers hold unsettled stays theirs. Raises `QueueMissing`.
+
+        Not for streams: RabbitMQ ends the connection of whoever tries.
+        """
+
+    @abstractmethod
     async def publish(
         self,
         exchange: str,

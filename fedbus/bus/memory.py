@@ -283,6 +283,10 @@ class MemoryBus(Bus):
         self._check_may_declare(f"deleting queue {name}")
         self._broker._delete(name)
 
+    async def purge(self, queue: str) -> None:
+        await self._turn()
+        self._broker.purge(queue)
+
     async def publish(
         self,
         exchange: str,

@@ -314,6 +314,10 @@ class RabbitMQBus(Bus):
             with contextlib.suppress(amqp.ChannelNotFoundEntity):
                 await channel.queue_delete(name)
 
+    async def purge(self, queue: str) -> None:
+        async with self._channel(f"purging queue {queue}") as channel:
+            await channel.queue_purge(queue)
+
     async def publish(
         self,
         exchange: str,

@@ -181,6 +181,9 @@ class SupervisedBus(Bus):
         self._known.forget_queue(name)
         await self._carry_out(lambda bus: bus.delete_queue(name))
 
+    async def purge(self, queue: str) -> None:
+        await self._carry_out(lambda bus: bus.purge(queue))
+
     async def publish(
         self,
         exchange: str,

@@ -12,7 +12,7 @@ from fedbus.bus.topology import Topology
 from fedbus.errors import BrokerClosed
 
 Kind: TypeAlias = Literal[
-    "declare", "delete_queue", "publish", "consume", "hold", "queue_state", "receive", "ack", "reject"
+    "declare", "delete_queue", "purge", "publish", "consume", "hold", "queue_state", "receive", "ack", "reject"
 ]
 When: TypeAlias = Literal["before", "after"]
 T = TypeVar("T")
@@ -82,6 +82,9 @@ class FailingBus(Bus):
 
     async def delete_queue(self, name: str) -> None:
         await self._fault.apply("delete_queue", self._bus, lambda: self._bus.delete_queue(name))
+
+    async def purge(self, queue: str) -> None:
+        await self._fault.apply("purge", self._bus, lambda: self._bus.purge(queue))
 
     async def publish(
         self,

@@ -355,6 +355,23 @@ async def test_a_closed_connection_holds_nothing(open_bus: Connect, name: Iterat
 
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_a_purge_drops_what_waits_and_leaves_what_is_out(bus: Bus, name: Iterator[str], kind: QueueKind) -> None:
+    queue = next(name)
+    await declare(bus, queue, kind=kind)
+    async with bus.consume(queue, prefetch=1) as consumer:
+        for body in (b"out", b"waits", b"waits too"):
+            await bus.publish(queue, "", body)
+        (out,) = await take(consumer, 1)
+        await bus.purge(queue)
+        await consumer.ack(out)
+        await bus.publish(queue, "", b"next")
+        assert [delivery.body for delivery in await take(consumer, 1)] == [b"next"]
+    with pytest.raises(QueueMissing):
+        await bus.purge("test.no.such.queue")
+    await bus.delete_queue(queue)
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
 async def test_the_consumers_of_a_queue_are_counted(open_bus: Connect, name: Iterator[str], kind: QueueKind) -> None:
     bus, one, two = await open_bus(), await open_bus(), await open_bus()
     queue = next(name)
