@@ -36,6 +36,9 @@ from fedbus.rounds.membership import Member, Membership
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.rounds.selection import select
 
+_VIRTUAL_SESSION: Final = "virtual"
+"""The session of all virtual clients: whatever process works on their tasks, they are never restarted."""
+
 _REMEMBERED_ROUNDS: Final = 20
 """How long the engine itself knows what became of a task that has ended."""
 
@@ -259,6 +262,8 @@ class Engine:
         match event:
             case e.ClientJoined() | e.ClientHeard():
                 self._heard(event)
+            case e.VirtualClientsHeard():
+                self._virtual_heard(event)
             case e.ClientLeft():
                 self._left(event)
             case e.ModelReady():
@@ -355,13 +360,37 @@ class Engine:
             if self._phase is Phase.OPEN and before != member.at_work_on:  # it may be idle after all
                 self._grow_cohort()
             return
+        self._note_joined(member)
+        if self._phase is Phase.OPEN:
+            self._grow_cohort()
+
+    def _virtual_heard(self, event: e.VirtualClientsHeard) -> None:
+        """As if each of them had said that it has nothing in hand, in one go: there may be many thousands."""
+        if self._phase is Phase.ENDED:
+            return
+        has_changed = False
+        for client_id in event.client_ids:
+            is_new = self._members.renew(client_id, _VIRTUAL_SESSION, self._now)
+            member = self._members.get(client_id)
+            assert member is not None
+            if is_new:
+                self._note_joined(member)
+            elif member.is_in_doubt:  # of an earlier round: it was not given again, and may be nowhere
+                self._let_task_go(member)
+                member.is_in_doubt = False
+            else:
+                continue
+            has_changed = True
+        if has_changed and self._phase is Phase.OPEN:
+            self._grow_cohort()
+
+    def _note_joined(self, member: Member) -> None:
         needed = 0 if self._number else max(0, self._config.start_clients - len(self._members))
         self._out.append(
-            c.MemberJoined(client_id=event.client_id, members=len(self._members), needed=needed, round=self._number)
+            c.MemberJoined(client_id=member.client_id, members=len(self._members), needed=needed, round=self._number)
         )
         if self._phase is Phase.OPEN:
             self._take_place_again(member)
-            self._grow_cohort()
 
     def _adopt_task_in_hand(self, member: Member) -> None:
         """Somebody who was given up is back, still at work: it need not be given another task."""
@@ -412,12 +441,15 @@ class Engine:
 
     def _give_up_task(self, member: Member) -> None:
         """Its client does not work on this task of an earlier round; should an update come all the same, it counts."""
+        self._let_task_go(member)
+        if self._phase is Phase.OPEN:
+            self._grow_cohort()
+
+    def _let_task_go(self, member: Member) -> None:
         task = self._tasks.get(member.fit_task or "")
         self._members.free(member)
         if task is not None and task.state is TaskState.WORKING:
             task.state = TaskState.LOST
-        if self._phase is Phase.OPEN:
-            self._grow_cohort()
 
     def _is_of_cohort(self, round_: _Round, member: Member) -> bool:
         """Whether it works on its task of this round."""

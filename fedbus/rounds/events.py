@@ -26,6 +26,16 @@ class ClientHeard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VirtualClientsHeard:
+    """The queue from which workers take these clients' tasks is there, and so are they, for another lease.
+
+    They keep nothing between two tasks and cannot be gone; who is not a member yet joins.
+    """
+
+    client_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientLeft:
     client_id: str
     session: str
@@ -134,6 +144,7 @@ class StopRequested:
 Event: TypeAlias = (
     ClientJoined
     | ClientHeard
+    | VirtualClientsHeard
     | ClientLeft
     | ModelReady
     | UpdateReceived

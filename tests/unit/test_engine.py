@@ -1031,3 +1031,64 @@ def test_after_an_outage_everybody_has_a_fresh_lease_and_the_time_to_find_the_br
     story.now = 71.0
     story.happens(e.EchoHeard(sent_at=70.5))
     assert {lost.client_id for lost in all_of(story.wait(0.1), c.MemberLost)} == {"a", "b"}
+
+
+# ---- virtual clients -------------------------------------------------------------------------------------------------
+
+
+def virtual(*clients: str) -> e.VirtualClientsHeard:
+    return e.VirtualClientsHeard(client_ids=clients)
+
+
+def test_virtual_clients_join_all_at_once_and_nobody_is_there_to_be_welcomed() -> None:
+    story = Story(min_available_clients=3)
+    said = story.happens(virtual("v1", "v2", "v3"))
+    assert [(joined.client_id, joined.needed) for joined in all_of(said, c.MemberJoined)] == [
+        ("v1", 2),
+        ("v2", 1),
+        ("v3", 0),
+    ]
+    assert not all_of(said, c.WelcomeClient)
+    assert tasked(said) == {"v1", "v2", "v3"}
+
+
+def test_virtual_clients_that_come_in_an_open_round_take_its_free_places_beside_others() -> None:
+    story = Story(min_fit_clients=3, min_available_clients=1)
+    story.join("a")
+    said = story.happens(virtual("v1", "v2"))
+    assert one(said, c.CohortGrew).clients in (("v1", "v2"), ("v2", "v1"))
+
+
+def test_a_virtual_client_is_there_as_long_as_its_queue_is_heard_of() -> None:
+    story = Story(lease_s=20.0, timeout_s=100.0, min_fit_clients=1)
+    story.happens(virtual("v1"))
+    for _ in range(4):
+        story.wait(15)
+        story.happens(virtual("v1"))
+    assert not all_of(story.said, c.MemberLost)
+    story.wait(20)
+    assert one(story.said, c.MemberLost).reason == "silent for 20.0 s"
+
+
+def test_a_virtual_client_whose_time_is_over_may_be_asked_again_and_its_late_update_counts() -> None:
+    """Nobody says that it still works: its task may have ended in the queue."""
+    story = Story(lease_s=20.0, timeout_s=100.0, min_fit_clients=1)
+    assert tasked(story.happens(virtual("v1"))) == {"v1"}
+    for _ in range(9):
+        story.wait(10)
+        story.happens(virtual("v1"))
+    story.wait(10)
+    assert tasked(story.commit()) == {"v1"}  # round 1 ended without an update
+    (fold,) = all_of(story.update("v1", 1), c.Fold)
+    assert (fold.round, fold.version) == (2, 0)
+
+
+def test_a_virtual_clients_task_of_an_earlier_round_that_is_in_doubt_is_let_go_and_counts_when_it_comes() -> None:
+    story = Story(min_fit_clients=1, over_selection=2.0)
+    story.happens(virtual("v1", "v2"))
+    story.update("v1", 1)
+    assert tasked(story.commit()) == {"v1"}  # v2 is at work
+    assert tasked(story.happens(e.TasksInDoubt())) == {"v1"}
+    assert tasked(story.happens(virtual("v1", "v2"))) == {"v2"}
+    (fold,) = all_of(story.update("v2", 1), c.Fold)
+    assert fold.staleness == 1
