@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import random
-import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Final
 
 from fedbus.bus.base import Bus
-from fedbus.bus.topology import CONTROL, UPDATES
-from fedbus.types import Metrics
+from fedbus.bus.topology import CONTROL
+from fedbus.client.upload import Upload
 from fedbus.wire import messages as m
 from fedbus.wire.codec import encode
-from fedbus.wire.transfer import Outgoing, checksum
 
-_PARTS_AT_ONCE: Final = 16
 _ASK_EVERY_S: Final = 5.0
 _MOST_ENTRIES: Final = 2
 """An update that waits for its receipt, and the next one."""
 
 
 @dataclass(kw_only=True, eq=False)
-class Entry:
-    """One update: the tensors stay as they are as long as it is here."""
+class Entry(Upload):
+    """An update until its receipt; a large one is sent once it is `granted`."""
 
-    task: m.ParametersTask | m.FitTask
-    outgoing: Outgoing
-    num_examples: int
-    metrics: Metrics
-    transfer: str = field(default_factory=lambda: uuid.uuid4().hex)
     granted: asyncio.Event = field(default_factory=asyncio.Event)
-    is_settled: bool = False
 
     @property
     def is_large(self) -> bool:
@@ -87,24 +78,7 @@ class Outbox:
         """
         if entry.is_large:
             await self._ask(entry)
-        head = encode(self._message(entry, 0))
-        indices = iter(range(entry.outgoing.parts))
-
-        async def send_next() -> None:
-            for index in indices:
-                if entry.is_settled:
-                    return
-                body = encode(self._message(entry, index)) if index else head
-                await self._bus.publish(UPDATES, self._client_id, body)
-
-        # Each takes the next part when its last is confirmed: sent in order, the head first.
-        at_once = min(_PARTS_AT_ONCE, entry.outgoing.parts)
-        sending = [asyncio.ensure_future(send_next()) for _ in range(at_once)]
-        try:
-            await asyncio.gather(*sending)
-        finally:
-            for task in sending:
-                task.cancel()
+        await entry.send(self._bus)
 
     async def _ask(self, entry: Entry) -> None:
         entry.granted.clear()
@@ -123,22 +97,3 @@ class Outbox:
                     await entry.granted.wait()
             except TimeoutError:
                 continue  # the question or the answer may be lost
-
-    def _message(self, entry: Entry, index: int) -> m.Update | m.Part:
-        outgoing = entry.outgoing
-        buffers = outgoing.part(index)
-        if index > 0:
-            return m.Part(transfer=entry.transfer, index=index, checksum=checksum(buffers), payload=buffers)
-        return m.Update(
-            client_id=self._client_id,
-            task_id=entry.task.task_id,
-            run_id=entry.task.run_id,
-            transfer=entry.transfer,
-            version=entry.task.version if isinstance(entry.task, m.FitTask) else 0,
-            num_examples=entry.num_examples,
-            metrics=entry.metrics,
-            schema=outgoing.schema,
-            part_bytes=outgoing.part_bytes,
-            checksum=checksum(buffers),
-            payload=buffers,
-        )

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import random
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedbus.app import App
 from fedbus.bus.base import Bus, Consumer, Delivery, hold_patiently
 from fedbus.bus.topology import CONTROL, client_inbox, client_lock, inbox, ingress
+from fedbus.client.code import Trained, UserCode
 from fedbus.client.outbox import Entry, Outbox
-from fedbus.client.reader import ModelReader, Place
+from fedbus.client.reader import ModelReader
+from fedbus.client.tasks import kind_of, place_of, report_of, round_of
 from fedbus.clock import now
 from fedbus.config import check_client_id
 from fedbus.errors import (
@@ -42,22 +43,11 @@ from fedbus.errors import (
     one_line,
 )
 from fedbus.observe import events as o
-from fedbus.training.base import (
-    Client,
-    ClientContext,
-    as_client,
-    check_evaluate_result,
-    check_fit_result,
-    check_tensors,
-)
-from fedbus.training.delta import update_delta
+from fedbus.training.base import ClientContext
 from fedbus.training.thread import Caller, UserThread
-from fedbus.types import Config, Metrics, Tensors
+from fedbus.types import Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
-from fedbus.wire.transfer import Outgoing
-
-_LOGGER = logging.getLogger("fedbus.client")
 
 _JOIN_EVERY_S = (0.5, 5.0)
 _GOODBYE_PATIENCE_S = 3.0
@@ -84,13 +74,9 @@ class _Pending:
             self.task = task
 
 
-def _round_of(task: m.Task) -> int:
-    return 0 if isinstance(task, m.ParametersTask) else task.round
-
-
 def _urgency(pending: _Pending) -> tuple[int, int]:
     """The newest of the most urgent kind."""
-    return _PRIORITY[type(pending.task)], -_round_of(pending.task)
+    return _PRIORITY[type(pending.task)], -round_of(pending.task)
 
 
 class ClientRuntime:
@@ -141,8 +127,8 @@ class ClientRuntime:
         self._reader = ModelReader(bus)
         self._jitter = jitter or random.Random()
         self._outbox = Outbox(bus, client_id, self._jitter)
-        self._client: Client | None = None
         self._caller: Caller = caller or UserThread(f"fedbus-{client_id}")
+        self._code = UserCode(app, self._context, self._caller)
         self._inbox: Consumer | None = None
         self._has_told_of_waiting = False
         self._over = asyncio.Event()
@@ -305,7 +291,7 @@ class ClientRuntime:
         """The newest fit task that is here and not answered, "" for none."""
         here = [self._current, *self._pending] if self._current is not None else self._pending
         tasks = [pending.task for pending in here if isinstance(pending.task, m.FitTask)]
-        return max(tasks, key=_round_of).task_id if tasks else ""
+        return max(tasks, key=round_of).task_id if tasks else ""
 
     async def _say_goodbye(self) -> None:
         leave = m.Leave(
@@ -344,7 +330,7 @@ class ClientRuntime:
             if known is not None and known.task.task_id == task.task_id:
                 known.merge(task, delivery)
                 if not isinstance(task, m.ParametersTask):
-                    self._reader.move(_place_of(task))
+                    self._reader.move(place_of(task))
                 return
         self._pending.append(_Pending(task=task, deliveries=[delivery]))
         self._work.set()
@@ -362,7 +348,7 @@ class ClientRuntime:
         dropped = [pending for pending in self._pending if pending.task.task_id == cancel.task_id]
         for pending in dropped:
             self._pending.remove(pending)
-        await self._stopped(cancel.task_id, _round_of(dropped[0].task) if dropped else 0, cancel.reason)
+        await self._stopped(cancel.task_id, round_of(dropped[0].task) if dropped else 0, cancel.reason)
         assert self._inbox is not None
         await self._inbox.ack(*(delivery for pending in dropped for delivery in pending.deliveries))
 
@@ -411,7 +397,7 @@ class ClientRuntime:
             self._current = None
             reason = self._cancelled.pop(pending.task.task_id, None)
             if reason is not None:
-                await self._stopped(pending.task.task_id, _round_of(pending.task), reason)
+                await self._stopped(pending.task.task_id, round_of(pending.task), reason)
             assert self._inbox is not None
             await self._inbox.ack(*pending.deliveries)
 
@@ -451,8 +437,8 @@ class ClientRuntime:
             self._ended_tasks.popitem(last=False)
 
     async def _answer(self, task: m.Task) -> None:
-        kind = type(task).__name__.removesuffix("Task").lower()
-        round_ = _round_of(task)
+        kind = kind_of(task)
+        round_ = round_of(task)
         started_at = now()
         self._tell(o.TaskStarted(client_id=self._client_id, kind=kind, round=round_))
         self._context._reset()
@@ -486,83 +472,50 @@ class ClientRuntime:
         )
         await self._bus.publish(CONTROL, self._client_id, encode(failed))
 
-    async def _in_thread(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Call the user's code. Raises `ClientCodeError` for whatever it raises."""
-        try:
-            return await self._caller.call(what, function, *args)
-        except ClientCodeError:
-            raise
-        except Exception as exc:
-            _LOGGER.debug("%s failed", what, exc_info=exc)
-            raise ClientCodeError(f"{what} raised {one_line(f'{type(exc).__name__}: {exc}')}") from exc
-
-    async def _user_client(self) -> Client:
-        if self._client is None:
-            made = await self._in_thread("client_fn", self._app.client_fn, self._context)
-            self._client = as_client(made)
-        return self._client
-
     async def _send_parameters(self, task: m.ParametersTask) -> None:
-        client = await self._user_client()
-        parameters = await self._in_thread("get_parameters", client.get_parameters)
-        check_tensors("get_parameters", parameters)
-        await self._upload(task, Outgoing({name: value.copy() for name, value in parameters.items()}), 0, {})
+        await self._upload(task, await self._code.parameters())
 
     async def _fit(self, task: m.FitTask) -> None:
         # Training that takes long for its task says so once: nobody need guess whether the task was lost.
         still_here = asyncio.get_running_loop().call_later(task.timeout_s / 2, self._heartbeat_due.set)
         try:
-            client = await self._user_client()
+            await self._code.make()
             model = await self._model_of(task)
             if not self._is_wanted(task):
                 return
-            outgoing, num_examples, metrics = await self._in_thread("fit", _fit, client, model, task.config)
+            trained = await self._code.fit(model, task.config)
             del model
         finally:
             still_here.cancel()
         if self._is_wanted(task):
-            await self._upload(task, outgoing, num_examples, metrics)
+            await self._upload(task, trained)
 
     def _is_wanted(self, task: m.FitTask) -> bool:
         """Whether its run goes on, and it is not too late for it."""
         return task.run_id == self._run_id and task.task_id not in self._cancelled
 
     async def _evaluate(self, task: m.EvaluateTask) -> None:
-        client = await self._user_client()
-        model = await self._model_of(task)
-        result = check_evaluate_result(await self._in_thread("evaluate", client.evaluate, model, dict(task.config)))
-        report = m.EvaluateReport(
-            client_id=self._client_id,
-            task_id=task.task_id,
-            run_id=task.run_id,
-            loss=result.loss,
-            num_examples=result.num_examples,
-            metrics=result.metrics,
-        )
-        await self._bus.publish(CONTROL, self._client_id, encode(report))
+        await self._code.make()
+        result = await self._code.evaluate(await self._model_of(task), task.config)
+        await self._bus.publish(CONTROL, self._client_id, encode(report_of(self._client_id, task, result)))
 
     async def _model_of(self, task: m.FitTask | m.EvaluateTask) -> Tensors:
         pending = self._current
         if pending is not None and isinstance(pending.task, m.FitTask | m.EvaluateTask):
             task = pending.task  # a newer copy may know a newer place
-        return await self._reader.read(_place_of(task))
+        return await self._reader.read(place_of(task))
 
-    async def _upload(
-        self, task: m.ParametersTask | m.FitTask, outgoing: Outgoing, num_examples: int, metrics: Metrics
-    ) -> None:
-        entry = Entry(task=task, outgoing=outgoing, num_examples=num_examples, metrics=metrics)
+    async def _upload(self, task: m.ParametersTask | m.FitTask, trained: Trained) -> None:
+        entry = Entry(
+            client_id=self._client_id,
+            task=task,
+            outgoing=trained.outgoing,
+            num_examples=trained.num_examples,
+            metrics=trained.metrics,
+        )
         self._outbox.keep(entry)
         try:
             await self._outbox.deliver(entry)
         except ConfigError:  # it cannot travel, now or later
             self._outbox.settle(task.task_id)
             raise
-
-
-def _place_of(task: m.FitTask | m.EvaluateTask) -> Place:
-    return Place(run_id=task.run_id, epoch=task.epoch, version=task.version, offset=task.offset)
-
-
-def _fit(client: Client, model: Tensors, config: Config) -> tuple[Outgoing, int, Metrics]:
-    result = check_fit_result(client.fit(model, dict(config)))
-    return Outgoing(update_delta(model, result.parameters)), result.num_examples, result.metrics

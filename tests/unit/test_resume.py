@@ -752,11 +752,11 @@ async def test_an_update_that_is_sent_twice_is_folded_once_and_leaves_nothing_in
 async def test_a_part_that_comes_once_more_after_its_commit_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     counting = Counting(50_000)
     hold = Hold(counting, ("c1", 2))
-    sent: list[tuple[Outbox, Entry]] = []
+    sent: list[Entry] = []
     keep = Outbox.keep
 
     def noting(outbox: Outbox, entry: Entry) -> None:
-        sent.append((outbox, entry))
+        sent.append(entry)
         keep(outbox, entry)
 
     monkeypatch.setattr(Outbox, "keep", noting)
@@ -765,8 +765,7 @@ async def test_a_part_that_comes_once_more_after_its_commit_leaves_the_queue(mon
         for client in CLIENTS:
             story.start_client(client)
         await story.until(o.ReceiptArrived, 3, round=1)
-        outbox, entry = sent[0]
-        await story.links[outbox._client_id].publish(UPDATES, "", encode(outbox._message(entry, 1)))
+        await story.links[sent[0].client_id].publish(UPDATES, "", encode(sent[0].message(1)))
         hold.let_go()
         story.check_whole(await serving, CLIENTS, 4)
 
