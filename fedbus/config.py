@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 from fedbus.errors import ConfigError
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_VIRTUAL_ID = re.compile(r"virtual-([0-9]{5,12})-of-([0-9]{5,12})")
 
 
 def check_client_id(client_id: str) -> str:
@@ -22,6 +23,21 @@ def check_client_id(client_id: str) -> str:
             "beginning with a letter or digit"
         )
     return client_id
+
+
+def virtual_id(partition: int, num_partitions: int) -> str:
+    """The name of the virtual client that has this part of the data: virtual-00007-of-01000 has part 7 of 0 to 999."""
+    return f"virtual-{partition:05d}-of-{num_partitions:05d}"
+
+
+def parse_virtual_id(client_id: str) -> tuple[int, int] | None:
+    """(partition, num_partitions) of the virtual client of that name; None for the name of any other client."""
+    found = _VIRTUAL_ID.fullmatch(client_id)
+    if found is None:
+        return None
+    partition, num_partitions = int(found[1]), int(found[2])
+    is_one = partition < num_partitions and virtual_id(partition, num_partitions) == client_id
+    return (partition, num_partitions) if is_one else None
 
 
 def _at_least(least: int, **values: int) -> None:

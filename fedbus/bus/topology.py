@@ -2,14 +2,16 @@
 
     server ──> fedbus.broadcast (fanout) ──> fedbus.model        stream: each model version once
     server ──> fedbus.tasks     (direct) ──> fedbus.inbox.CLIENT tasks, receipts
+    server ──> fedbus.jobs      (fanout) ──> fedbus.work         tasks of all virtual clients, for any worker
     client ──> fedbus.control   (topic)  ──> fedbus.control      joins, heartbeats, evaluation results
     client ──> fedbus.updates   (topic)  ──> fedbus.updates      updates, in parts; quorum
                                              fedbus.dead         what could not be processed
     server ──> fedbus.lock.server, client ──> fedbus.lock.client.CLIENT: held, so that there is only one of each
 
 A federation is a vhost: the names need no prefix of their own. Clients publish with their id as the routing key: the
-queues take them all, but a broker can be told (topic permissions) which keys a user may use. No exchange is called like
-a queue that clients read: RabbitMQ's rights are for both, and whoever may read an exchange may bind another one to it.
+queues take them all, but a broker can be told (topic permissions) which keys a user may use. The routing key of a task
+is the client that it is for, in an inbox as in the queue of work. No exchange is called like a queue that others read:
+RabbitMQ's rights are for both, and whoever may read an exchange may bind another one to it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Final, Literal, TypeAlias
 BROADCAST = "fedbus.broadcast"
 MODEL = "fedbus.model"
 TASKS = "fedbus.tasks"
+JOBS = "fedbus.jobs"
+WORK = "fedbus.work"
 CONTROL = "fedbus.control"
 UPDATES = "fedbus.updates"
 DEAD = "fedbus.dead"
@@ -123,6 +127,15 @@ def client_inbox(client_id: str, message_queues: MessageQueueKind = "classic") -
     return Topology(
         queues=(queue,),
         bindings=(Binding(exchange=TASKS, queue=inbox(client_id), routing_key=client_id),),
+    )
+
+
+def work_queue(message_queues: MessageQueueKind = "classic") -> Topology:
+    """The queue from which workers take the tasks of virtual clients; one binding, however many clients there are."""
+    return Topology(
+        exchanges=(Exchange(name=JOBS, kind="fanout"),),
+        queues=(Queue(name=WORK, kind=message_queues, delivery_limit=_limit(message_queues)),),
+        bindings=(Binding(exchange=JOBS, queue=WORK),),
     )
 
 

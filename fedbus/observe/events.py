@@ -51,7 +51,11 @@ __all__ = [
     "TaskStarted",
     "UpdateFolded",
     "UpdateRefused",
+    "VirtualClientsEnrolled",
     "Welcomed",
+    "WorkAwaited",
+    "WorkerDone",
+    "WorkersCounted",
 ]
 
 Observe: TypeAlias = Callable[[object], None]
@@ -71,7 +75,7 @@ class Announcement:
 @dataclass(frozen=True, kw_only=True)
 class ConnectedToBroker:
     broker: str
-    role: Literal["server", "client"]
+    role: Literal["server", "client", "worker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,20 @@ class RunResumed:
     epoch: int
     rounds: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualClientsEnrolled:
+    """So many clients are members from the begin; workers play them."""
+
+    clients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersCounted:
+    """So many workers take tasks now; told whenever that changes."""
+
+    workers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +265,20 @@ class ClientDone:
     client_id: str
     finished: bool
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkAwaited:
+    """The worker finds no queue of work: no server has enrolled virtual clients on this broker yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerDone:
+    """The worker's last word: how many tasks it has answered, why it ends, and how many it gave back unfinished."""
+
+    tasks: int
+    reason: str
+    given_back: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
+from fedbus.config import parse_virtual_id
 from fedbus.errors import one_line
 from fedbus.observe import events as e
 
@@ -43,6 +44,8 @@ def log_event(event: object) -> None:
     """Write `event` to the logger "fedbus": an `Observe` function."""
     if isinstance(event, e.MemberLost) and event.left:
         level = logging.INFO
+    elif isinstance(event, e.MemberJoined) and parse_virtual_id(event.client_id) is not None:
+        level = logging.DEBUG  # they come by the thousand, all at once
     elif isinstance(event, _WARNINGS):
         level = logging.WARNING
     else:
@@ -163,6 +166,12 @@ def _sentence(event: object) -> str:
         case e.RunStarted():
             waiting = _plural(event.start_clients, "client")
             return f"run {event.run_id} of {_plural(event.num_rounds, 'round')}: waiting for {waiting}"
+        case e.VirtualClientsEnrolled():
+            return f"{_plural(event.clients, 'virtual client')} enrolled, for workers to play ('fedbus worker APP')"
+        case e.WorkersCounted():
+            if not event.workers:
+                return "no worker takes tasks: start one with 'fedbus worker APP'"
+            return f"{_plural(event.workers, 'worker')} {'takes' if event.workers == 1 else 'take'} tasks"
         case e.RunResumed():
             return f"run {event.run_id} goes on after {_plural(event.rounds, 'round')} (epoch {event.epoch})"
         case e.MemberJoined():
@@ -217,6 +226,11 @@ def _sentence(event: object) -> str:
             return f"run {verb}: {event.reason} ({_plural(event.rounds, 'round')}, {event.seconds:.1f} s)"
         case e.ServerAwaited():
             return f"{event.client_id}: waiting for a server on this broker"
+        case e.WorkAwaited():
+            return "waiting for a server with virtual clients on this broker ('fedbus server APP --virtual-clients N')"
+        case e.WorkerDone():
+            back = f", {_plural(event.given_back, 'task')} given back" if event.given_back else ""
+            return f"worker ends: {event.reason} ({_plural(event.tasks, 'task')} answered{back})"
         case e.Welcomed():
             return f"{event.client_id}: member of run {event.run_id}"
         case e.ClientDone():

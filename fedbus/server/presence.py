@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -57,6 +57,7 @@ class Presence:
         every_s: seconds between two looks at the same client, more with many; one whose connection is gone for three
             times as long is told to be unreachable.
         grace_s: seconds without a look after each disturbance.
+        without_inbox: clients that are not looked at.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Presence:
         ask_for_echo: Callable[[], None],
         every_s: float,
         grace_s: float,
+        without_inbox: Container[str] = (),
     ) -> None:
         self._bus = bus
         self._engine = engine
@@ -75,6 +77,7 @@ class Presence:
         self._ask_for_echo = ask_for_echo
         self._every_s = every_s
         self._grace_s = grace_s
+        self._without_inbox = without_inbox
         self._watches: dict[str, _Watch] = {}
         self._quiet_until = -math.inf
 
@@ -100,7 +103,8 @@ class Presence:
         """Whom to look at now: those who were at the same task when the last tour began."""
         if now() < self._quiet_until:
             return []
-        known, at_work = self._watches, self._engine.at_work
+        known, out = self._watches, self._without_inbox
+        at_work = {name: task_id for name, task_id in self._engine.at_work.items() if name not in out}
         same = {name for name, task_id in at_work.items() if name in known and known[name].task_id == task_id}
         self._watches = {name: known[name] if name in same else _Watch(task_id) for name, task_id in at_work.items()}
         return [name for name in self._watches if name in same]

@@ -67,6 +67,7 @@ from fedbus.server.presence import Presence
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.slots import eager_share
 from fedbus.server.staging import StagedUpdate, check_finite
+from fedbus.server.virtual import VirtualClients
 from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import check_evaluate_result
@@ -150,6 +151,7 @@ class Server:
         run_id: the name of a new run; None makes one up.
         caller: runs the app's own code; None: a thread does.
         settings: what the history shows beside the app's own settings, or in their place.
+        virtual_clients: how many clients the server enrols itself, for workers to play (see `fedbus.server.virtual`).
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class Server:
         run_id: str | None = None,
         caller: Caller | None = None,
         settings: Mapping[str, Any] | None = None,
+        virtual_clients: int = 0,
     ) -> None:
         self._app = app
         self._bus = bus
@@ -214,7 +217,16 @@ class Server:
         self._head_out_at = 0.0
         self._closed_by: float | None = None  # when the last part of the update came that closed the round
         self._intake: UpdateIntake | None = None
-        self._identity = Identity(bus.user)
+        self._virtual = VirtualClients(
+            bus,
+            virtual_clients,
+            message_queues=app.message_queues,
+            put=self._events.put,
+            tell=self._tell,
+            doubt=self._in_doubt.set,
+            every_s=app.rounds.lease_s / 4,
+        )
+        self._identity = Identity(bus.user, self._virtual)
         self._with_inbox: set[str] = set()  # those that we made
         self._engine: Engine | None = None
         self._presence: Presence | None = None
@@ -322,6 +334,7 @@ class Server:
                 ask_for_echo=self._echo_due.set,
                 every_s=self._look_every_s,
                 grace_s=2 * _RECONNECT_S,  # a broker that starts may turn the first attempt down
+                without_inbox=self._virtual,
             )
             await self._work(engine, self._intake, self._presence, control)
 
@@ -329,6 +342,7 @@ class Server:
         update_queue, message_queues = self._app.update_queue, self._app.message_queues
         try:
             await self._bus.declare(ingress(update_queue, message_queues))
+            await self._virtual.declare()
         except QueueMismatch as exc:
             raise QueueMismatch(
                 f"{exc} (the app says update_queue={update_queue!r}, the kind of {UPDATES}, and message_queues="
@@ -385,6 +399,8 @@ class Server:
                 is_asynchronous=rounds.is_asynchronous,
             )
         )
+        if self._virtual:
+            self._tell(o.VirtualClientsEnrolled(clients=len(self._virtual)))
         if self._last_commit is not None:
             done = len(self._history.rounds)
             self._tell(o.RunResumed(run_id=self._run_id, epoch=self._epoch, rounds=done, seconds=self._seconds()))
@@ -437,7 +453,11 @@ class Server:
                 self._keep_notes(),
                 intake.look_after_stalled(),
                 presence.watch(),
+                self._virtual.stay_present(),
+                self._virtual.watch_workers(),
             ]
+            if self._last_commit is None:
+                await self._virtual.take_back()  # what a run left behind that nobody goes on with
             tasks = [group.create_task(coroutine) for coroutine in work]
             if self._last_commit is not None:
                 presence.disturbed()  # whatever ended our predecessor may have cut the clients off, too
@@ -499,6 +519,8 @@ class Server:
             self._identity.check_ours(delivery)
         elif isinstance(message, m.ClientMessage):
             self._identity.check(delivery, message.client_id)
+            if isinstance(message, m.Join | m.Heartbeat | m.Leave) and message.client_id in self._virtual:
+                raise DecodeError(f"{message.client_id} is a virtual client, for workers: a client needs another id")
 
     def _control_event(self, message: m.Message) -> e.Event | None:
         match message:
@@ -582,6 +604,7 @@ class Server:
             await self._in_doubt.wait()
             self._in_doubt.clear()
             await intake.quiet(_REDELIVERY_PAUSE_S, _REDELIVERY_MOST_S)
+            await self._virtual.take_back()
             self._events.put(e.TasksInDoubt())
 
     def _evaluate_event(self, report: m.EvaluateReport) -> e.Event:
@@ -658,6 +681,11 @@ class Server:
                 self._jobs.put_nowait(_FoldJob(command=command, update=self._staged(command.delivery)))
             case c.AdoptParameters():
                 self._jobs.put_nowait(_AdoptJob(update=self._staged(command.delivery)))
+            case c.CancelTask() if command.client_id in self._virtual:
+                # No worker could be told; it sees for itself what is too late. The client is free.
+                self._events.put(
+                    e.TaskFailed(client_id=command.client_id, task_id=command.task_id, reason=command.reason)
+                )
             case c.CancelTask():
                 cancel = m.CancelTask(task_id=command.task_id, run_id=self._run_id, reason=command.reason)
                 await self._outbound.put((command.client_id, cancel, self._app.rounds.timeout_s))
@@ -687,12 +715,15 @@ class Server:
             version=command.version,
             offset=self._offsets[command.version],
             timeout_s=command.timeout_s,
-            eager_bytes=eager_share(self._engine.num_members if self._engine else 1),
+            eager_bytes=eager_share(self._num_real_clients()),
             config=self._app.fit_config_of(command.round, command.repeat),
             receipt_task_id=receipt.task_id if receipt else "",
             receipt_round=receipt.round if receipt else 0,
             receipt_staleness=receipt.staleness if receipt else 0,
         )
+
+    def _num_real_clients(self) -> int:
+        return self._engine.num_members - len(self._virtual) if self._engine else 1
 
     def _evaluate_task(self, command: c.SendEvaluateTask) -> m.EvaluateTask:
         return m.EvaluateTask(
@@ -796,6 +827,9 @@ class Server:
         slots = asyncio.Semaphore(_SENDS_AT_ONCE)
         while True:
             client_id, message, expires_s = await self._outbound.get()
+            if client_id in self._virtual and not isinstance(message, m.Task):
+                self._outbound.task_done()  # of no use to any worker
+                continue
             await slots.acquire()
             task = group.create_task(self._send_one(client_id, message, expires_s))
             self._sending.add(task)
@@ -809,7 +843,10 @@ class Server:
 
     async def _send_one(self, client_id: str, message: m.InboxMessage, expires_s: float | None) -> None:
         try:
-            await self._bus.publish(TASKS, client_id, encode(message), expires_s=expires_s)
+            if client_id in self._virtual and isinstance(message, m.Task):
+                await self._virtual.send(client_id, message, expires_s)
+            else:
+                await self._bus.publish(TASKS, client_id, encode(message), expires_s=expires_s)
         except PublishUnconfirmed as exc:
             _LOGGER.debug("a message to %s was not confirmed", client_id, exc_info=exc)
         except Unroutable:
@@ -1219,6 +1256,7 @@ class Server:
                 for client_id in self._history.clients_joined:
                     await self._outbound.put((client_id, self._goodbye(command.finished, command.reason), _GOODBYE_S))
                 await self._outbound.join()
+                await self._virtual.take_back()
         await self._note_end(finished=command.finished, reason=command.reason)
         if command.finished:  # the clients need not wait for this
             await self._unless_stopped(self._central.join())
@@ -1251,10 +1289,11 @@ class Server:
         sends = [
             self._bus.publish(TASKS, client_id, goodbye, mandatory=False, expires_s=_GOODBYE_S)
             for client_id in self._history.clients_joined
+            if client_id not in self._virtual
         ]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(5):
-                await asyncio.gather(*sends, return_exceptions=True)
+                await asyncio.gather(*sends, self._virtual.take_back(), return_exceptions=True)
 
     async def _note_end(self, *, finished: bool, reason: str) -> None:
         self._history.finished, self._history.reason = finished, reason
