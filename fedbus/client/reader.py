@@ -98,10 +98,12 @@ class ModelReader:
     async def _fetch(self, place: Place) -> dict[str, Array]:
         try:
             head = await self._find(place)
-            assembly = Assembly(head.schema, head.part_bytes)
-            assembly.take(head)
+            assembly = _begun(head)
             while assembly.missing:
                 part = await self._next(place)  # one may come twice: its confirm was lost
+                if isinstance(part, Model) and part.transfer != head.transfer and _is_at(part, place):
+                    head, assembly = part, _begun(part)  # the server died half-way, and the next one begins anew
+                    continue
                 if not isinstance(part, Model | Part) or part.transfer != head.transfer:
                     raise QueueMissing(f"model {place.version} is not whole in the stream")
                 assembly.take(part)
@@ -113,7 +115,10 @@ class ModelReader:
         return assembly.tensors()
 
     async def _find(self, place: Place) -> Model:
-        """The head at `place`; what lies before it is skipped, of whatever run, epoch or version it is."""
+        """The head at `place`; what lies before it is skipped, of whatever run, epoch or version it is.
+
+        That of a later server serves as well: it is the same version.
+        """
         if not self._lies_ahead(place):
             await self.close()
             self._consumer = await self._subscription.enter_async_context(
@@ -121,12 +126,15 @@ class ModelReader:
             )
         while True:
             message = await self._next(place)
-            if not isinstance(message, Model) or message.run_id != place.run_id or message.epoch != place.epoch:
+            if not isinstance(message, Model):
                 continue
-            if message.version == place.version:
+            if _is_at(message, place):
                 self._passed = place
                 return message
-            if message.version > place.version:  # RabbitMQ clamps an offset that retention has dropped, silently
+            is_of_run = message.run_id == place.run_id and message.epoch >= place.epoch
+            if (
+                is_of_run and message.version > place.version
+            ):  # RabbitMQ clamps an offset that retention has dropped, silently
                 raise QueueMissing(f"model {place.version} is no longer in the stream")
 
     async def _make_room(self, delivery: Delivery) -> None:
@@ -162,3 +170,14 @@ class ModelReader:
             raise QueueMissing(
                 f"model {place.version} did not come from the stream within {_SILENCE_S:.0f} s"
             ) from None
+
+
+def _is_at(head: Model, place: Place) -> bool:
+    """Whether it is the version that is looked for, published by the server that named the place, or a later one."""
+    return (head.run_id, head.version) == place.key and head.epoch >= place.epoch
+
+
+def _begun(head: Model) -> Assembly:
+    assembly = Assembly(head.schema, head.part_bytes)
+    assembly.take(head)
+    return assembly

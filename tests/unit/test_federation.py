@@ -1016,6 +1016,31 @@ async def test_parts_of_another_version_are_not_mixed_in() -> None:
         await ModelReader(bus).read(place(0, 0))
 
 
+async def test_a_version_that_its_server_could_not_publish_whole_is_read_from_the_next_ones_copy() -> None:
+    bus = MemoryBroker().connect()
+    await bus.declare(model_stream(1))
+    model = {"w": np.full(400_000, 5, np.float32)}
+    schema, payload = pack(model)
+    first, _ = cut(payload)
+    head = m.Model(
+        run_id="run", epoch=1, version=5, schema=schema, part_bytes=1 << 20, checksum=checksum(first), payload=first
+    )
+    await bus.publish("fedbus.model", "", encode(head))  # and then it died
+    reading = asyncio.create_task(ModelReader(bus).read(place(5, 0)))
+    await asyncio.sleep(0)
+    await publish(ModelPublisher(bus, run_id="run", epoch=2), model, 5)
+    assert np.unique((await reading)["w"]).tolist() == [5]
+    from_the_begin = await ModelReader(bus).read(place(5, 1))  # where the first server's is no more
+    assert np.unique(from_the_begin["w"]).tolist() == [5]
+
+
+async def test_a_version_of_an_earlier_server_that_the_stream_has_dropped_is_missed_at_the_next_ones_first() -> None:
+    bus = MemoryBroker().connect()
+    await publish(ModelPublisher(bus, run_id="run", epoch=2), {"w": np.zeros(3, np.float32)}, 5)
+    with pytest.raises(QueueMissing, match="no longer in the stream"):
+        await ModelReader(bus).read(place(3, 0))
+
+
 @pytest.mark.parametrize(("returned", "kind"), [(None, "NoneType"), ([np.zeros(3)], "list"), ({"w": 1.0}, "dict")])
 async def test_a_strategy_that_returns_something_else_than_a_model_fails_the_run_in_one_line(
     returned: Any, kind: str
