@@ -28,6 +28,7 @@ from fedbus.types import Array, Config, EvaluateResult, FitResult, Scalar, Tenso
 from fedbus.wire.arrays import Schema
 from fedbus.wire.messages import RunEnded
 from fedbus.wire.transfer import PART_BYTES, Outgoing, part_count
+from fedbus.worker.runtime import WorkerRuntime
 
 T = TypeVar("T")
 
@@ -184,6 +185,7 @@ class Federation:
         self.links: dict[str, MemoryBus] = {}
         self.may_connect: dict[str, asyncio.Event] = {}
         self.clients: dict[str, ClientRuntime] = {}
+        self.workers: dict[str, WorkerRuntime] = {}
         self.buses: dict[str, Bus] = {}
         self.tasks: list[asyncio.Task[Any]] = []
         self._told = asyncio.Event()
@@ -192,13 +194,15 @@ class Federation:
         self.events.append(event)
         self._told.set()
 
-    def connect(self, user: str, on_state: Callable[[LinkState], None] = no_observer) -> Bus:
-        """A connection of `user`, which comes back by itself when the story is supervised."""
+    def connect(
+        self, user: str, on_state: Callable[[LinkState], None] = no_observer, *, login: str | None = None
+    ) -> Bus:
+        """A connection of `user` (`login`: its name on the broker), which comes back by itself when supervised."""
         may_connect = self.may_connect[user] = asyncio.Event()
         may_connect.set()
 
         def one() -> Bus:
-            self.links[user] = self.broker.connect(user)
+            self.links[user] = self.broker.connect(login or user)
             return self.wrap(user, self.links[user])
 
         async def reconnect() -> Bus:
@@ -255,13 +259,19 @@ class Federation:
         )
         return self._start(self.clients[client_id].run())
 
+    def start_worker(self, name: str, app: App | None = None, **options: Any) -> asyncio.Task[int]:
+        """A worker, which the broker knows as "worker" like all others."""
+        self.buses[name] = self.connect(name, login="worker")
+        self.workers[name] = WorkerRuntime(app or self.app, self.buses[name], observers=[self.observe], **options)
+        return self._start(self.workers[name].run())
+
     def _start(self, story: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(story)
         self.tasks.append(task)
         return task
 
     async def kill(self, client_id: str, task: asyncio.Task[Any]) -> None:
-        """End a client as SIGKILL does: no goodbye, and its connection is gone."""
+        """End a client or worker as SIGKILL does: no goodbye, and its connection is gone."""
         task.cancel()
         await asyncio.wait([task])
         await self.buses[client_id].close()
