@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fedbus.api import serve as serve
     from fedbus.api import start_client as start_client
     from fedbus.api import start_server as start_server
+    from fedbus.api import start_worker as start_worker
+    from fedbus.api import work as work
     from fedbus.app import App as App
     from fedbus.config import Constant as Constant
     from fedbus.config import Hinge as Hinge
@@ -63,6 +65,8 @@ _HOMES = {
     "simulate": "simulation.virtual",
     "start_client": "api",
     "start_server": "api",
+    "start_worker": "api",
+    "work": "api",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,4 +1,4 @@
-"""The calls that people make: serve, join, simulate and their blocking twins."""
+"""The calls that people make: serve, join, work and their blocking twins."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from fedbus.bus.access import Access
 from fedbus.bus.rabbitmq import connect_supervised
 from fedbus.bus.supervised import LinkState
 from fedbus.client.runtime import ClientRuntime
-from fedbus.config import check_client_id
+from fedbus.config import check_client_id, parse_virtual_id
 from fedbus.errors import ConfigError, RunFailed
 from fedbus.observe import events as o
 from fedbus.server.history import History
 from fedbus.server.runtime import Server
+from fedbus.worker.runtime import WorkerRuntime
 
 
 async def serve(
@@ -27,6 +28,7 @@ async def serve(
     broker: str | Access,
     run_dir: Path | str | None = None,
     resume: bool = False,
+    virtual_clients: int = 0,
     observers: Sequence[o.Observe] = (),
 ) -> History:
     """Run the server of `app` against `broker`, a URL or an `Access`, to the end of its rounds.
@@ -34,6 +36,7 @@ async def serve(
     In the main thread SIGTERM and Ctrl-C end the run gracefully: a commit under way is finished, clients are told.
     `run_dir` receives the ledger, history.json and model.safetensors. With `resume` the run that is in it goes on from
     its last commit, whatever became of its server; where there is none, one begins.
+    `virtual_clients`: so many clients are enrolled, whose tasks are done by whatever workers there are (see `work`).
 
     Raises:
         ConfigError: for a URL or a run folder that cannot be used.
@@ -54,7 +57,7 @@ async def serve(
     async with await connect_supervised(broker, name="fedbus server", on_state=on_state) as bus:
         _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="server"))
         folder = None if run_dir is None else Path(run_dir)
-        server = Server(app, bus, run_dir=folder, resume=resume, observers=observers)
+        server = Server(app, bus, run_dir=folder, resume=resume, virtual_clients=virtual_clients, observers=observers)
         with on_signals(lambda name: server.request_stop(f"stopped by {name}")):
             return await server.run()
 
@@ -79,6 +82,8 @@ async def join(
         RunFailed: when the server ended the run early.
     """
     check_client_id(client_id)
+    if parse_virtual_id(client_id) is not None:
+        raise ConfigError(f"{client_id} is the name of a virtual client, which workers play: take another id")
 
     def on_state(state: LinkState) -> None:
         _tell(observers, _link_event(state))
@@ -95,16 +100,57 @@ async def join(
     return ended is not None
 
 
+async def work(
+    app: App,
+    *,
+    broker: str | Access,
+    slots: int = 1,
+    grace_s: float = 30.0,
+    until_idle_s: float | None = None,
+    observers: Sequence[o.Observe] = (),
+) -> int:
+    """Do tasks of virtual clients on `broker`, a URL or an `Access`, waiting for a server with such clients if need be.
+
+    `slots` tasks at a time, each in a thread of its own: more than one where the code waits, or leaves the interpreter
+    to others, as a GPU or numpy does; for more Python start more workers. The number of tasks that were answered, once
+    none has come for `until_idle_s`; without it, or before, at SIGTERM or Ctrl-C (in the main thread): then what is in
+    hand is finished within `grace_s`, or given back to the other workers.
+
+    Raises:
+        ConfigError: for a URL or a number of slots that cannot be used.
+        BrokerError: when the broker cannot be reached or refuses us; one that goes away later is waited for.
+    """
+
+    def on_state(state: LinkState) -> None:
+        _tell(observers, _link_event(state))
+
+    async with await connect_supervised(broker, name="fedbus worker", on_state=on_state) as bus:
+        _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="worker"))
+        worker = WorkerRuntime(app, bus, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=observers)
+        with on_signals(lambda name: worker.request_stop(f"stopped by {name}")):
+            return await worker.run()
+
+
 def start_server(
     app: App,
     *,
     broker: str | Access,
     run_dir: Path | str | None = None,
     resume: bool = False,
+    virtual_clients: int = 0,
     observers: Sequence[o.Observe] = (),
 ) -> History:
     """`serve`, blocking."""
-    return asyncio.run(serve(app, broker=broker, run_dir=run_dir, resume=resume, observers=observers))
+    return asyncio.run(
+        serve(
+            app,
+            broker=broker,
+            run_dir=run_dir,
+            resume=resume,
+            virtual_clients=virtual_clients,
+            observers=observers,
+        )
+    )
 
 
 def start_client(
@@ -126,6 +172,21 @@ def start_client(
             num_partitions=num_partitions,
             observers=observers,
         )
+    )
+
+
+def start_worker(
+    app: App,
+    *,
+    broker: str | Access,
+    slots: int = 1,
+    grace_s: float = 30.0,
+    until_idle_s: float | None = None,
+    observers: Sequence[o.Observe] = (),
+) -> int:
+    """`work`, blocking."""
+    return asyncio.run(
+        work(app, broker=broker, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=observers)
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedbus.api import join, serve
+from fedbus.api import join, serve, work
 from fedbus.app import App, check_exists, load_app
 from fedbus.bus.bundle import Bundle as LoadedBundle
 from fedbus.cli.bench import bench_app
@@ -114,6 +114,9 @@ def server(
     plaintext: Plaintext = False,
     run_dir: RunDir = None,
     resume: Resume = False,
+    virtual_clients: Annotated[
+        int, typer.Option("--virtual-clients", min=0, help="Clients without a process, for 'fedbus worker' to play.")
+    ] = 0,
     as_json: Json = False,
     log_json: LogJson = False,
     debug: Debug = False,
@@ -128,7 +131,16 @@ def server(
     access = access_of(broker, load_bundle(bundle, "server"))
     folder = run_dir or new_run_dir()
     with screen(folder, as_json=as_json, log_json=log_json, resume=resume) as shown:
-        history = run_async(serve(loaded, broker=access, run_dir=folder, resume=resume, observers=shown.observers))
+        history = run_async(
+            serve(
+                loaded,
+                broker=access,
+                run_dir=folder,
+                resume=resume,
+                virtual_clients=virtual_clients,
+                observers=shown.observers,
+            )
+        )
         draw_curves(history, folder)
     report(history, folder, as_json=as_json)
 
@@ -181,6 +193,39 @@ def _client_id(given: str | None, bundle: LoadedBundle | None) -> str:
     if client_id is None:
         raise UsageError("say who this client is: --id NAME, or --bundle FILE")
     return client_id
+
+
+@app.command()
+def worker(
+    reference: AppReference,
+    broker: Broker = None,
+    bundle: Bundle = None,
+    plaintext: Plaintext = False,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Tasks at a time, in a thread each.")] = 1,
+    grace_s: Annotated[
+        float,
+        typer.Option("--grace", min=0, help="Seconds for the tasks in hand, at SIGTERM; then they are given back."),
+    ] = 30.0,
+    until_idle_s: Annotated[
+        float | None, typer.Option("--until-idle", min=0, help="End once no task has come for so many seconds.")
+    ] = None,
+    as_json: Json = False,
+    log_json: LogJson = False,
+    debug: Debug = False,
+) -> None:
+    """Do the tasks of the virtual clients of APP's server, beside any number of other workers.
+
+    The server enrols them: 'fedbus server APP --virtual-clients N'. A worker waits for it, and stays for the next run,
+    until SIGTERM. Without --broker it uses the node that 'fedbus broker start' left running on this machine.
+    """
+    loaded = load_app(reference)
+    access = access_of(broker, load_bundle(bundle, "worker", "server"))
+    set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
+    done = run_async(
+        work(loaded, broker=access, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=[log_event])
+    )
+    if as_json:
+        typer.echo(json.dumps({"tasks": done}))
 
 
 def main() -> NoReturn:

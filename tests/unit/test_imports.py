@@ -14,6 +14,9 @@ import fedbus
 PACKAGE = Path(fedbus.__file__).parent
 LEAVES = {"fedbus.errors", "fedbus.types", "fedbus.config"}
 ROOMS_OF_LEAVES = ("wire", "bus", "rounds", "strategies")
+_ABOVE = ("cli", "simulation", "api")
+_COMPOSING = {"server": ("client", "worker"), "client": ("server", "worker"), "worker": ("server",)}
+"""Rooms that put others together, each with those that it knows nothing of: a worker is made of a client's parts."""
 
 
 def imports(source: str) -> Iterator[str]:
@@ -52,8 +55,8 @@ def is_allowed(path: str, room: str, module: str) -> bool:
         return False  # it knows numpy
     if room in ROOMS_OF_LEAVES and is_ours:
         return is_under(module, f"fedbus.{room}") or any(is_under(module, leaf) for leaf in LEAVES)
-    if room in ("server", "client"):
-        return not any(is_under(module, f"fedbus.{above}") for above in ("cli", "simulation", "api"))
+    if room in _COMPOSING:
+        return not any(is_under(module, f"fedbus.{above}") for above in (*_ABOVE, *_COMPOSING[room]))
     return True
 
 
@@ -79,6 +82,9 @@ def test_a_module_imports_only_what_its_room_may(file: Path) -> None:
         ("strategies/fedavg.py", "import fedbus.server.runtime"),
         ("errors.py", "from fedbus.wire.codec import decode"),
         ("client/runtime.py", "from fedbus.cli.main import app"),
+        ("worker/runtime.py", "from fedbus.api import work"),
+        ("worker/runtime.py", "from fedbus.server.virtual import VirtualClients"),
+        ("client/runtime.py", "from fedbus.worker.runtime import WorkerRuntime"),
     ],
 )
 def test_the_rule_catches(path: str, source: str) -> None:
@@ -90,6 +96,7 @@ def test_the_rule_lets_the_designed_homes_be() -> None:
     assert not violations("bench/floor.py", "import aiormq")
     assert not violations("training/torch.py", "import torch")
     assert not violations("examples/digits.py", "from torch import nn")
+    assert not violations("worker/runtime.py", "from fedbus.client.upload import Upload")
     assert not violations("rounds/engine.py", "import math\nfrom fedbus.config import RoundConfig")
 
 

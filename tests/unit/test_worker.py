@@ -16,6 +16,7 @@ import fedbus.bus.supervised
 import fedbus.server.runtime
 import fedbus.worker.horizon
 import fedbus.worker.runtime
+from fedbus.api import join
 from fedbus.app import App
 from fedbus.bus.memory import MemoryBroker
 from fedbus.bus.topology import CONTROL, DEAD, UPDATES, WORK, work_queue
@@ -695,6 +696,11 @@ async def test_a_number_of_virtual_clients_that_cannot_be_is_refused(count: Any)
 async def federation_server(app: App, count: int) -> History:
     async with federation(app) as story:
         return await story.start_server(virtual_clients=count)
+
+
+async def test_no_real_client_takes_the_name_of_a_virtual_one() -> None:
+    with pytest.raises(ConfigError, match="virtual-00001-of-00010 is the name of a virtual client"):
+        await join(app_of(AddingPart), broker="amqp://localhost", client_id="virtual-00001-of-00010")
 
 
 async def test_a_number_of_slots_that_cannot_be_is_refused() -> None:
