@@ -219,7 +219,7 @@ def worker(
     until SIGTERM. Without --broker it uses the node that 'fedbus broker start' left running on this machine.
     """
     loaded = load_app(reference)
-    access = access_of(broker, load_bundle(bundle, "worker", "server"))
+    access = access_of(broker, load_bundle(bundle, "worker"))
     set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
     done = run_async(
         work(loaded, broker=access, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=[log_event])
