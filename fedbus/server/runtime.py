@@ -211,6 +211,7 @@ class Server:
         self._fold_state: Any = None
         self._folded: list[tuple[str, FoldedUpdate]] = []  # with their task ids
         self._evaluate_reports: dict[str, m.EvaluateReport] = {}
+        self._joined: set[str] = set()  # what the history lists: it may be very long
         self._refused: dict[str, str] = {}
         self._receipted: set[int] = set()  # updates whose receipt goes with their client's next task
         self._last_failure = ""
@@ -371,6 +372,7 @@ class Server:
             # Who had joined just before the end may be missing from the notes, and must be sent home like the others.
             tasked = [task.client_id for task in last.tasks]
             self._history.clients_joined = list(dict.fromkeys([*self._history.clients_joined, *last.members, *tasked]))
+            self._joined.update(self._history.clients_joined)
         else:
             self._ledger.begin(self._history)
             self._started_at = now()
@@ -743,7 +745,8 @@ class Server:
     def _note(self, notice: c.Notice) -> None:
         match notice:
             case c.MemberJoined():
-                if notice.client_id not in self._history.clients_joined:
+                if notice.client_id not in self._joined:
+                    self._joined.add(notice.client_id)
                     self._history.clients_joined.append(notice.client_id)
                 self._members_changed.set()
             case c.MemberLost():
