@@ -58,7 +58,8 @@ class App:
     """A federated application: the same object serves server and clients, each takes its half.
 
     Args:
-        client_fn: makes a client's `Client` or `NumPyClient`; called once in each client process.
+        client_fn: makes a client's `Client` or `NumPyClient`; called once in each client process, and in a worker for
+            each task.
         strategy: how updates become the next model; None takes what suits the rounds: FedAsync for
             `RoundConfig.asynchronous`, FedBuff for other asynchronous ones, FedAvg else.
         initial_parameters: the model to begin with (name -> array, or a list of arrays), or a function that makes

@@ -21,7 +21,8 @@ class ClientContext:
         client_id: the client's stable name.
         partition: which part of the data is this client's, 0 .. num_partitions - 1.
         num_partitions: parts in all.
-        state: the client's own memory between tasks; it never leaves the client.
+        state: the client's own memory between tasks; it never leaves the client. That of a virtual client is empty at
+            each task, for whichever worker has it knows nothing of the last one.
         config: further settings for `client_fn`.
     """
 
