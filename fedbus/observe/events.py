@@ -34,6 +34,7 @@ __all__ = [
     "MemberJoined",
     "MemberLost",
     "MessageRejected",
+    "MetricsExposed",
     "ModelPublished",
     "Observe",
     "ReceiptArrived",
@@ -51,6 +52,7 @@ __all__ = [
     "TaskStarted",
     "UpdateFolded",
     "UpdateRefused",
+    "UpdateRepeated",
     "VirtualClientsEnrolled",
     "Welcomed",
     "WorkAwaited",
@@ -70,6 +72,13 @@ class Announcement:
     """A line of the command's own."""
 
     text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsExposed:
+    """Prometheus may scrape `url` from now on."""
+
+    url: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +165,13 @@ class ModelPublished:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateFolded:
+    """`nbytes`: of the payload."""
+
     client_id: str
     round: int
     staleness: int
     num_examples: int
+    nbytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +179,14 @@ class UpdateRefused:
     client_id: str
     task_id: str
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRepeated:
+    """An update that counts already came once more; it changes nothing."""
+
+    client_id: str
+    task_id: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ _WARNINGS = (
     e.TaskErred,
     e.RefusalArrived,
 )
-_DETAILS = (e.RunClosing, e.ModelPublished, e.TaskStarted, e.ReceiptArrived)
+_DETAILS = (e.RunClosing, e.ModelPublished, e.UpdateRepeated, e.TaskStarted, e.ReceiptArrived)
 
 
 def log_event(event: object) -> None:
@@ -153,6 +153,8 @@ def _sentence(event: object) -> str:
     match event:
         case e.Announcement():
             return event.text
+        case e.MetricsExposed():
+            return f"metrics at {event.url}"
         case e.ConnectedToBroker():
             return f"{event.role} connected to {event.broker}"
         case e.BrokerLost():
@@ -192,6 +194,8 @@ def _sentence(event: object) -> str:
             return f"round {event.round}: update of {event.client_id} folded ({examples}{late})"
         case e.UpdateRefused():
             return f"update of {event.client_id} refused: {event.reason}"
+        case e.UpdateRepeated():
+            return f"update of {event.client_id} came once more"
         case e.FitFailed():
             return f"round {event.round}: {event.client_id} failed to fit: {event.reason}"
         case e.FitCancelled():

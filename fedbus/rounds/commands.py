@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 
 class Outcome(Enum):
@@ -160,6 +160,10 @@ class EndRun:
     reason: str
 
 
+LossCause: TypeAlias = Literal["left", "lease", "unreachable"]
+"""Why a member is one no more: it said goodbye; was silent for its lease; the broker knows that nobody is there."""
+
+
 # ---- notices ---------------------------------------------------------------------------------------------------------
 
 
@@ -174,14 +178,18 @@ class MemberJoined:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberLost:
-    """The client's lease ran out, or it left."""
+    """The client's lease ran out, or it left, or its connection is gone."""
 
     client_id: str
     reason: str
-    left: bool
-    """True when it said goodbye."""
+    cause: LossCause
     members: int
     round: int
+
+    @property
+    def left(self) -> bool:
+        """True when it said goodbye."""
+        return self.cause == "left"
 
 
 @dataclass(frozen=True, kw_only=True)

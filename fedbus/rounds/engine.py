@@ -35,6 +35,7 @@ from fedbus.rounds.evaluation import Evaluations
 from fedbus.rounds.membership import Member, Membership
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.rounds.selection import select
+from fedbus.rounds.snapshot import EngineSnapshot, MemberSnapshot, MemberState
 
 _VIRTUAL_SESSION: Final = "virtual"
 """The session of all virtual clients: whatever process works on their tasks, they are never restarted."""
@@ -254,6 +255,50 @@ class Engine:
         """Whether an evaluation of this client is due."""
         return self._evaluations.awaits(task_id, client_id)
 
+    # ---- for those who watch -----------------------------------------------------------------------------------------
+
+    def counts(self, now: float) -> tuple[int, int, int]:
+        """How many members are idle, are at work with time for it, and are overdue."""
+        return self._members.counts(now)
+
+    @property
+    def open_round(self) -> tuple[int, float] | None:
+        """The number of the round that is open, and since when; None between two rounds."""
+        return None if self._round is None else (self._round.number, self._round.opened_at)
+
+    def snapshot(self, now: float) -> EngineSnapshot:
+        """Everything as of now; takes microseconds for each member."""
+        round_ = self._round
+        has_begun = bool(self._number or self._restored_cohort)
+        return EngineSnapshot(
+            phase=self._phase.value,
+            version=self._version,
+            committed_rounds=self._committed_rounds,
+            open_round=None if round_ is None else round_.number,
+            open_s=None if round_ is None else max(0.0, now - round_.opened_at),
+            closes_in_s=None if round_ is None else max(0.0, round_.closes_at - now),
+            folded=0 if round_ is None else len(round_.folded),
+            needed=self._config.min_fit_clients,
+            clients_missing=0 if has_begun else max(0, self._config.start_clients - len(self._members)),
+            members=tuple(self._member_snapshot(member, now) for member in self._members),
+        )
+
+    def _member_snapshot(self, member: Member, now: float) -> MemberSnapshot:
+        task = self._tasks.get(member.fit_task or "")
+        state: MemberState = "idle"
+        if member.fit_task is not None:
+            is_late = task is not None and task.version < self._version
+            state = "overdue" if now >= member.due_at else "late" if is_late else "training"
+        sent_at = None if task is None else task.sent_at
+        return MemberSnapshot(
+            client_id=member.client_id,
+            state=state,
+            version=member.version,
+            round=None if task is None else task.round,
+            working_s=None if sent_at is None else max(0.0, now - sent_at),
+            silent_s=max(0.0, now - member.heard_at),
+        )
+
     # ---- input ---------------------------------------------------------------------------------------------------
 
     def handle(self, event: e.Event, now: float) -> list[Command]:
@@ -280,7 +325,7 @@ class Engine:
             case e.ClientLost():
                 member = self._members.get(event.client_id)
                 if member is not None:
-                    self._lose(member, event.reason, left=False)
+                    self._lose(member, event.reason, "unreachable")
             case e.ClientUnreachable():
                 self._unreachable(event)
             case e.EvaluateReported():
@@ -302,7 +347,7 @@ class Engine:
         self._now = max(self._now, now)
         expired = self._members.expired(self._now)
         for member in expired:
-            self._lose(member, f"silent for {self._now - member.heard_at:.1f} s", left=False, refill=False)
+            self._lose(member, f"silent for {self._now - member.heard_at:.1f} s", "lease", refill=False)
         if expired and self._phase is Phase.OPEN:  # only now: the next one in line may have expired, too
             self._grow_cohort()
         if self._parameters_task is not None and self._now >= self._parameters_due_at:
@@ -427,7 +472,8 @@ class Engine:
             noticed_s = max(0.0, self._now - seen_at)
             if self._round is not None:
                 self._round.may_return[event.client_id] = member.heard_at + self._config.lease_s
-            self._lose(member, f"{event.reason} (noticed {noticed_s:.1f} s after its last sign of life)", left=False)
+            reason = f"{event.reason} (noticed {noticed_s:.1f} s after its last sign of life)"
+            self._lose(member, reason, "unreachable")
 
     def _restarted(self, member: Member) -> None:
         """A new process of a known client: what the old one worked on is gone, and is given again while it counts."""
@@ -479,15 +525,15 @@ class Engine:
     def _left(self, event: e.ClientLeft) -> None:
         member = self._members.get(event.client_id)
         if member is not None and member.session in ("", event.session):  # a word of its former life changes nothing
-            self._lose(member, event.reason, left=True)
+            self._lose(member, event.reason, "left")
 
-    def _lose(self, member: Member, reason: str, *, left: bool, refill: bool = True) -> None:
+    def _lose(self, member: Member, reason: str, cause: c.LossCause, *, refill: bool = True) -> None:
         self._members.remove(member.client_id)
         self._out.append(
             c.MemberLost(
                 client_id=member.client_id,
                 reason=reason,
-                left=left,
+                cause=cause,
                 members=len(self._members),
                 round=self._number,
             )
@@ -651,7 +697,7 @@ class Engine:
         return [member.client_id for member in self._members.idle(self._now) if member.client_id not in out]
 
     def _give(self, member: Member, task_id: str) -> None:
-        self._members.give(member, task_id, self._now + self._config.timeout_s)
+        self._members.give(member, task_id, self._now + self._config.timeout_s, self._tasks[task_id].version)
 
     def _new_task(self, round_: _Round, client_id: str) -> c.SendFitTask:
         repeat = round_.asked.get(client_id, 0)
@@ -1017,6 +1063,9 @@ class Engine:
             return
         asked = {self._task_id("evaluate", round_, client_id): client_id for client_id in chosen}
         self._evaluations.begin(round_, self._version, self._now + self._config.evaluation_s, asked)
+        for member in map(self._members.get, chosen):
+            assert member is not None
+            self._members.show(member, self._version)
         self._follow_up += self._evaluations.tasks(self._version, self._now)
 
     def _holds_up(self, member: Member, round_: int) -> bool:

@@ -21,6 +21,8 @@ class Member:
     """Until when it has time for it."""
     at_work_on: str = ""
     """The fit task that it said it has in hand."""
+    version: int | None = None
+    """The newest version that it was asked to train or to evaluate."""
     is_in_doubt: bool = False
     """Whether `fit_task` may never have reached it; its next sign of life tells."""
 
@@ -91,12 +93,17 @@ class Membership:
 
     # ---- at work -------------------------------------------------------------------------------------------------
 
-    def give(self, member: Member, task_id: str, due_at: float) -> None:
+    def give(self, member: Member, task_id: str, due_at: float, version: int) -> None:
         """Note the member's task; nobody's time ends before that of those who were given one earlier."""
+        self.show(member, version)
         member.fit_task, member.due_at, member.is_in_doubt = task_id, due_at, False
         for place in (self._idle, self._busy, self._overdue):
             place.pop(member.client_id, None)
         self._busy[member.client_id] = member
+
+    def show(self, member: Member, version: int) -> None:
+        """Note that the member was asked to do something with `version`."""
+        member.version = version if member.version is None else max(member.version, version)
 
     def free(self, member: Member) -> None:
         """Note that the member has no task any more."""
@@ -115,6 +122,11 @@ class Membership:
         """Members at work who still have time for it."""
         self._pass_time(now)
         return len(self._busy)
+
+    def counts(self, now: float) -> tuple[int, int, int]:
+        """How many are idle, are at work with time for it, and are overdue."""
+        self._pass_time(now)
+        return len(self._idle), len(self._busy), len(self._overdue)
 
     def is_anybody_busy(self, now: float) -> bool:
         self._pass_time(now)
