@@ -17,6 +17,7 @@ from fedbus.client.runtime import ClientRuntime
 from fedbus.config import check_client_id, parse_virtual_id
 from fedbus.errors import ConfigError, RunFailed
 from fedbus.observe import events as o
+from fedbus.observe.watch import watching
 from fedbus.server.history import History
 from fedbus.server.runtime import Server
 from fedbus.worker.runtime import WorkerRuntime
@@ -30,16 +31,18 @@ async def serve(
     resume: bool = False,
     virtual_clients: int = 0,
     observers: Sequence[o.Observe] = (),
+    metrics: str | None = None,
 ) -> History:
     """Run the server of `app` against `broker`, a URL or an `Access`, to the end of its rounds.
 
     In the main thread SIGTERM and Ctrl-C end the run gracefully: a commit under way is finished, clients are told.
     `run_dir` receives the ledger, history.json and model.safetensors. With `resume` the run that is in it goes on from
-    its last commit, whatever became of its server; where there is none, one begins.
+    its last commit, whatever became of its server; where there is none, one begins. At `metrics` ("[HOST:]PORT") it
+    serves /metrics for Prometheus, /healthz and /livez.
     `virtual_clients`: so many clients are enrolled, whose tasks are done by whatever workers there are (see `work`).
 
     Raises:
-        ConfigError: for a URL or a run folder that cannot be used.
+        ConfigError: for a URL, a run folder or an address that cannot be used.
         BrokerError: when the broker cannot be reached or refuses us; one that goes away later is waited for.
         RunFailed: when the run was stopped, or no update was ever accepted, or another server took it over.
     """
@@ -54,12 +57,18 @@ async def serve(
         if state.kind == "restored" and server is not None:
             server.connection_restored()
 
-    async with await connect_supervised(broker, name="fedbus server", on_state=on_state) as bus:
-        _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="server"))
-        folder = None if run_dir is None else Path(run_dir)
-        server = Server(app, bus, run_dir=folder, resume=resume, virtual_clients=virtual_clients, observers=observers)
-        with on_signals(lambda name: server.request_stop(f"stopped by {name}")):
-            return await server.run()
+    async with watching("server", metrics, observers) as watch:
+        observers = [*observers, *watch.observers]
+        async with await connect_supervised(broker, name="fedbus server", on_state=on_state) as bus:
+            _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="server"))
+            folder = None if run_dir is None else Path(run_dir)
+            server = Server(
+                app, bus, run_dir=folder, resume=resume, virtual_clients=virtual_clients, observers=observers
+            )
+            watch.read(server.figures)
+            watch.look_at(bus)
+            with on_signals(lambda name: server.request_stop(f"stopped by {name}")):
+                return await server.run()
 
 
 async def join(
@@ -70,13 +79,15 @@ async def join(
     partition: int = 0,
     num_partitions: int = 1,
     observers: Sequence[o.Observe] = (),
+    metrics: str | None = None,
 ) -> bool:
     """Take part in the run on `broker`, a URL or an `Access`, as `client_id`, waiting for its server if need be.
 
-    True when the run finished, False when it was asked to leave (SIGTERM or Ctrl-C in the main thread).
+    True when the run finished, False when it was asked to leave (SIGTERM or Ctrl-C in the main thread). At `metrics`
+    ("[HOST:]PORT") it serves /metrics for Prometheus, /healthz and /livez.
 
     Raises:
-        ConfigError: for a URL or a client id that cannot be used.
+        ConfigError: for a URL, a client id or an address that cannot be used.
         BrokerError: when the broker cannot be reached or refuses us (one that goes away later is waited for);
             `QueueBusy` for a taken id.
         RunFailed: when the server ended the run early.
@@ -88,13 +99,16 @@ async def join(
     def on_state(state: LinkState) -> None:
         _tell(observers, _link_event(state))
 
-    async with await connect_supervised(broker, name=f"fedbus client {client_id}", on_state=on_state) as bus:
-        _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="client"))
-        client = ClientRuntime(
-            app, bus, client_id=client_id, partition=partition, num_partitions=num_partitions, observers=observers
-        )
-        with on_signals(lambda _: client.request_leave()):
-            ended = await client.run()
+    async with watching("client", metrics, observers) as watch:
+        observers = [*observers, *watch.observers]
+        async with await connect_supervised(broker, name=f"fedbus client {client_id}", on_state=on_state) as bus:
+            _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="client"))
+            client = ClientRuntime(
+                app, bus, client_id=client_id, partition=partition, num_partitions=num_partitions, observers=observers
+            )
+            watch.read(lambda: [client.figures()])
+            with on_signals(lambda _: client.request_leave()):
+                ended = await client.run()
     if ended is not None and not ended.finished:
         raise RunFailed(f"the server ended the run early: {ended.reason}")
     return ended is not None
@@ -139,6 +153,7 @@ def start_server(
     resume: bool = False,
     virtual_clients: int = 0,
     observers: Sequence[o.Observe] = (),
+    metrics: str | None = None,
 ) -> History:
     """`serve`, blocking."""
     return asyncio.run(
@@ -149,6 +164,7 @@ def start_server(
             resume=resume,
             virtual_clients=virtual_clients,
             observers=observers,
+            metrics=metrics,
         )
     )
 
@@ -161,6 +177,7 @@ def start_client(
     partition: int = 0,
     num_partitions: int = 1,
     observers: Sequence[o.Observe] = (),
+    metrics: str | None = None,
 ) -> bool:
     """`join`, blocking."""
     return asyncio.run(
@@ -171,6 +188,7 @@ def start_client(
             partition=partition,
             num_partitions=num_partitions,
             observers=observers,
+            metrics=metrics,
         )
     )
 

@@ -23,6 +23,7 @@ from fedbus.cli.options import (
     Debug,
     Json,
     LogJson,
+    Metrics,
     Plaintext,
     Resume,
     RunDir,
@@ -117,6 +118,7 @@ def server(
     virtual_clients: Annotated[
         int, typer.Option("--virtual-clients", min=0, help="Clients without a process, for 'fedbus worker' to play.")
     ] = 0,
+    metrics: Metrics = None,
     as_json: Json = False,
     log_json: LogJson = False,
     debug: Debug = False,
@@ -139,6 +141,7 @@ def server(
                 resume=resume,
                 virtual_clients=virtual_clients,
                 observers=shown.observers,
+                metrics=metrics,
             )
         )
         draw_curves(history, folder)
@@ -156,6 +159,7 @@ def client(
     plaintext: Plaintext = False,
     partition: Annotated[int, typer.Option("--partition", min=0, help="Which part of split data is this one's.")] = 0,
     num_partitions: Annotated[int, typer.Option("--num-partitions", min=1, help="Into how many it is split.")] = 1,
+    metrics: Metrics = None,
     as_json: Json = False,
     log_json: LogJson = False,
     debug: Debug = False,
@@ -179,6 +183,7 @@ def client(
             partition=partition,
             num_partitions=num_partitions,
             observers=[log_event],
+            metrics=metrics,
         )
     )
     if as_json:

@@ -80,6 +80,15 @@ Plaintext = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option("--run-dir", help="Folder for history.json and model.safetensors; default: by the time.")
 ]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        envvar="FEDBUS_METRICS",
+        metavar="[HOST:]PORT",
+        help="Serve /metrics (Prometheus), /healthz and /livez here; without HOST for this machine only.",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with the run in --run-dir; begin one if it holds none."),

@@ -38,9 +38,19 @@ class Outbox:
         self._client_id = client_id
         self._jitter = jitter or random.Random()
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self.uploaded_bytes = 0
+        """Of all messages that the broker confirmed."""
 
     def __repr__(self) -> str:
         return f"<Outbox {list(self._entries)}>"
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes of what is kept."""
+        return sum(entry.outgoing.nbytes for entry in self._entries.values())
 
     def get(self, task_id: str) -> Entry | None:
         """The update for this task, while it has no receipt."""
@@ -78,7 +88,10 @@ class Outbox:
         """
         if entry.is_large:
             await self._ask(entry)
-        await entry.send(self._bus)
+        await entry.send(self._bus, self._note_uploaded)
+
+    def _note_uploaded(self, nbytes: int) -> None:
+        self.uploaded_bytes += nbytes
 
     async def _ask(self, entry: Entry) -> None:
         entry.granted.clear()

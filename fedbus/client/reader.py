@@ -57,6 +57,8 @@ class ModelReader:
         self._unacknowledged: list[Delivery] = []
         self._offset = 0  # of the next message of the subscription
         self._passed: Place | None = None  # the version that it gave last
+        self.downloaded_bytes = 0
+        """Of all messages of the stream that came."""
 
     async def read(self, place: Place) -> dict[str, Array]:
         """The tensors at `place`, read-only. Raises `BrokerError` when they are not to be had there."""
@@ -161,6 +163,7 @@ class ModelReader:
             async with asyncio.timeout(_SILENCE_S):
                 while True:
                     delivery = await self._consumer.receive()
+                    self.downloaded_bytes += len(delivery.body)
                     await self._make_room(delivery)
                     assert delivery.offset is not None
                     if delivery.offset >= place.offset:  # a chunk may begin before

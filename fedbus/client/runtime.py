@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Coroutine, Iterator, Sequence
@@ -43,6 +44,7 @@ from fedbus.errors import (
     one_line,
 )
 from fedbus.observe import events as o
+from fedbus.observe.figures import ClientFigures
 from fedbus.training.base import ClientContext
 from fedbus.training.thread import Caller, UserThread
 from fedbus.types import Tensors
@@ -118,6 +120,7 @@ class ClientRuntime:
         self._heartbeat_s = _JOIN_EVERY_S[1]
         self._lease_s = 4 * _JOIN_EVERY_S[1]
         self._welcomed = asyncio.Event()
+        self._welcomed_at = 0.0
         self._epoch = 0
         self._pending: list[_Pending] = []
         self._current: _Pending | None = None
@@ -135,6 +138,18 @@ class ClientRuntime:
         self._result: m.RunEnded | None = None
         self._ended_tasks: OrderedDict[str, str] = OrderedDict()  # task_id -> why it failed, "" when it was settled
         self._newest_fit = 0
+
+    def figures(self) -> ClientFigures:
+        """It as of now, in numbers. On its event loop only."""
+        return ClientFigures(
+            is_member=self._welcomed.is_set(),
+            lease_s=self._lease_s if self._welcomed.is_set() else 0.0,
+            welcomed_at=self._welcomed_at,
+            outbox_updates=len(self._outbox),
+            outbox_bytes=self._outbox.nbytes,
+            uploaded_bytes=self._outbox.uploaded_bytes,
+            downloaded_bytes=self._reader.downloaded_bytes,
+        )
 
     def request_leave(self) -> None:
         """Leave the run: `run` returns None soon after."""
@@ -362,6 +377,7 @@ class ClientRuntime:
         match message:
             case m.Welcome() if message.session == self._session:
                 self._heartbeat_s, self._lease_s = message.heartbeat_s, message.lease_s
+                self._welcomed_at = time.time()
                 if message.run_id == self._run_id:
                     self._epoch = max(self._epoch, message.epoch)
                 else:

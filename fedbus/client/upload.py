@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -32,8 +33,8 @@ class Upload:
     transfer: str = field(default_factory=lambda: uuid.uuid4().hex)
     is_settled: bool = False
 
-    async def send(self, bus: Bus) -> None:
-        """Send all parts; they are with the broker after that.
+    async def send(self, bus: Bus, note_sent: Callable[[int], None] = lambda _: None) -> None:
+        """Send all parts; they are with the broker after that. `note_sent` is told the bytes of each, once confirmed.
 
         Sending it again is the same transfer again: the parts that came are recognised. Raises `ConfigError` when it
         cannot travel, `BrokerError`.
@@ -47,6 +48,7 @@ class Upload:
                     return
                 body = encode(self.message(index)) if index else head
                 await bus.publish(UPDATES, self.client_id, body)
+                note_sent(len(body))
 
         # Each takes the next part when its last is confirmed: sent in order, the head first.
         at_once = min(_PARTS_AT_ONCE, self.outgoing.parts)

@@ -61,12 +61,19 @@ class UpdateIntake:
         self._check: UpdateCheck | None = None
         self._stalled_after_s = stalled_after_s
         self._last_arrival = now()
+        self.received_bytes = 0
+        """Of all messages so far, whatever became of them."""
         self.slots = UploadSlots(
             grant, missing_bytes=self._staging.missing_bytes, is_full=self._staging.waits_to_be_folded
         )
 
     def __repr__(self) -> str:
         return f"<UpdateIntake {self._staging!r} {self.slots!r}>"
+
+    @property
+    def staged_bytes(self) -> int:
+        """Payload bytes of updates in memory that are not folded."""
+        return self._staging.held_bytes
 
     def expect(self, model: Tensors) -> None:
         """From now on updates are deltas of `model`; before, they are initial models."""
@@ -106,6 +113,7 @@ class UpdateIntake:
         """Take in what comes, for ever."""
         async for delivery in self._consumer:
             self._last_arrival = now()
+            self.received_bytes += len(delivery.body)
             try:
                 message = self._decode(delivery)
             except (DecodeError, ConfigError) as exc:

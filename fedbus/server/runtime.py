@@ -52,6 +52,7 @@ from fedbus.errors import (
     one_line,
 )
 from fedbus.observe import events as o
+from fedbus.observe.figures import ServerFigures
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
 from fedbus.rounds.commands import Outcome
@@ -245,6 +246,26 @@ class Server:
     def model(self) -> Mapping[str, Array] | None:
         """The current global model, read-only; None before there is one."""
         return self._model
+
+    def figures(self) -> ServerFigures | None:
+        """It as of now, in numbers; None before the run has begun. On its event loop only."""
+        engine, intake = self._engine, self._intake
+        if engine is None or intake is None:
+            return None
+        idle, busy, overdue = engine.counts(now())
+        number, opened_at = engine.open_round or (0, now())
+        return ServerFigures(
+            version=self._version,
+            open_round=number,
+            open_s=max(0.0, now() - opened_at),
+            idle=idle,
+            busy=busy,
+            overdue=overdue,
+            uploads_granted=intake.slots.granted,
+            uploads_waiting=intake.slots.waiting,
+            staged_bytes=intake.staged_bytes,
+            received_bytes=intake.received_bytes,
+        )
 
     def request_stop(self, reason: str) -> None:
         """End the run early: a commit that is under way is finished, an open round is given up."""
@@ -794,6 +815,8 @@ class Server:
         # server that was held up does not know yet that it has lost its connection, and its place.
         self._ledger.check_not_fenced()
         await self._intake.settle(command.delivery, keep_in_broker=command.outcome is Outcome.RELEASED)
+        if command.outcome is Outcome.DUPLICATE:
+            self._tell(o.UpdateRepeated(client_id=command.client_id, task_id=command.task_id))
         if command.outcome is Outcome.DUPLICATE and command.round:
             await self._send_receipt(command)  # the first one may be lost
         elif command.outcome is Outcome.REFUSED:
@@ -920,6 +943,7 @@ class Server:
                 round=command.round,
                 staleness=command.staleness,
                 num_examples=staged.num_examples,
+                nbytes=staged.nbytes,
             )
         )
 

@@ -58,6 +58,16 @@ class UploadSlots:
     def __repr__(self) -> str:
         return f"<UploadSlots granted={len(self._granted)} waiting={len(self._waiting)}>"
 
+    @property
+    def granted(self) -> int:
+        """Uploads that may go on."""
+        return len(self._granted)
+
+    @property
+    def waiting(self) -> int:
+        """Uploads that wait for room."""
+        return len(self._waiting)
+
     def request(self, client_id: str, task_id: str, nbytes: int) -> None:
         """Let an upload queue up; one that has its grant already is told again."""
         if task_id in self._granted:

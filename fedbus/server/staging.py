@@ -190,6 +190,13 @@ class Staging:
                 return transfer.assembly.missing * transfer.head.part_bytes
         return None
 
+    @property
+    def held_bytes(self) -> int:
+        """Payload bytes in memory: what has come of transfers under way, and whole updates that are not folded."""
+        coming = sum(known.assembly.received_bytes for known in self._transfers.values())
+        whole = sum(update.nbytes for update in self._updates.values() if update.tensors is not None)
+        return coming + whole + sum(orphans.size for orphans in self._orphans.values())
+
     def waits_to_be_folded(self) -> bool:
         """True while the tensors of a whole update lie here."""
         return any(update.tensors is not None for update in self._updates.values())

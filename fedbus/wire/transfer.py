@@ -96,6 +96,11 @@ class _Incoming:
         """How many parts are still to come."""
         return len(self._missing)
 
+    @property
+    def received_bytes(self) -> int:
+        """Payload bytes that are here, to the nearest part below."""
+        return max(0, self.nbytes - len(self._missing) * self._part_bytes)
+
     def take(self, message: Update | Model | Part) -> bool:
         """Take one part; False when it was there already. Raises `DecodeError` for a part that cannot be it."""
         index = message.index if isinstance(message, Part) else 0
