@@ -157,6 +157,14 @@ class Bus(ABC):
         """
 
     @abstractmethod
+    def replies(self, exchange: str, routing_key: str) -> AbstractAsyncContextManager[Consumer]:
+        """A queue of our own that takes what is published with `routing_key`, for the time of the context.
+
+        It ends with its connection, and so does its consumer, also where others are kept up. Raises `QueueMissing` when
+        there is no such exchange, `BrokerDenied` when we may not.
+        """
+
+    @abstractmethod
     def hold(self, name: str) -> AbstractAsyncContextManager[None]:
         """Hold `name` for the time of the context, as the only connection that does; once at a time over one bus.
 

@@ -10,13 +10,14 @@ import asyncio
 import bisect
 import itertools
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
 from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset, QueueState
-from fedbus.bus.topology import Exchange, Queue, Topology
+from fedbus.bus.topology import Binding, Exchange, Queue, Topology
 from fedbus.errors import (
     BrokerClosed,
     BrokerDenied,
@@ -356,6 +357,20 @@ class MemoryBus(Bus):
         finally:
             self._consumers.discard(consumer)
             consumer._stop(BrokerClosed(f"consuming {queue}: the subscription has ended"), give_back=True)
+
+    @asynccontextmanager
+    async def replies(self, exchange: str, routing_key: str) -> AsyncIterator[Consumer]:
+        await self._turn()
+        self._check_may_declare(f"waiting for replies of {exchange}")
+        self._broker._exchange(exchange)
+        queue = Queue(name=f"fedbus.reply.{uuid.uuid4().hex}")
+        binding = Binding(exchange=exchange, queue=queue.name, routing_key=routing_key)
+        self._broker._declare(Topology(queues=(queue,), bindings=(binding,)))
+        try:
+            async with self._consume(queue.name, 0, None, True) as consumer:
+                yield consumer
+        finally:
+            self._broker._delete(queue.name)
 
     @asynccontextmanager
     async def hold(self, name: str) -> AsyncIterator[None]:

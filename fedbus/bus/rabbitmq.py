@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import random
 import ssl
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Final
@@ -372,6 +373,19 @@ class RabbitMQBus(Bus):
             yield consumer
         finally:
             await _close_channel(channel)
+
+    @asynccontextmanager
+    async def replies(self, exchange: str, routing_key: str) -> AsyncIterator[Consumer]:
+        name = f"fedbus.reply.{uuid.uuid4().hex}"
+        async with self._channel(f"waiting for replies of {exchange}") as channel:
+            await channel.queue_declare(name, exclusive=True, arguments={"x-queue-type": "classic"})
+            await channel.queue_bind(name, exchange, routing_key)
+        try:
+            async with self._consume(name, 0, None, True) as consumer:
+                yield consumer
+        finally:
+            with contextlib.suppress(BrokerError):  # it ends with the connection at the latest
+                await self.delete_queue(name)
 
     @asynccontextmanager
     async def hold(self, name: str) -> AsyncIterator[None]:

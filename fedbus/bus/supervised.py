@@ -253,6 +253,12 @@ class SupervisedBus(Bus):
             self._consumers.discard(consumer)
 
     @asynccontextmanager
+    async def replies(self, exchange: str, routing_key: str) -> AsyncIterator[Consumer]:
+        link = await self._linked(next(self._turns))
+        async with link.bus.replies(exchange, routing_key) as consumer:
+            yield consumer
+
+    @asynccontextmanager
     async def hold(self, name: str) -> AsyncIterator[None]:
         """As any bus, except that it is held over reconnects: nothing goes on until it is ours again.
 

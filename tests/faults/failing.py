@@ -125,6 +125,9 @@ class FailingBus(Bus):
         finally:
             await holding.__aexit__(None, None, None)
 
+    def replies(self, exchange: str, routing_key: str) -> AbstractAsyncContextManager[Consumer]:
+        return self._bus.replies(exchange, routing_key)
+
     async def queue_state(self, queue: str) -> QueueState:
         return await self._fault.apply("queue_state", self._bus, lambda: self._bus.queue_state(queue))
 

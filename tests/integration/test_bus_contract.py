@@ -354,6 +354,38 @@ async def test_a_closed_connection_holds_nothing(open_bus: Connect, name: Iterat
             pass
 
 
+async def test_replies_reach_the_one_who_asked_and_end_with_its_question(
+    open_bus: Connect, name: Iterator[str]
+) -> None:
+    asker, other, answerer = await open_bus(), await open_bus(), await open_bus()
+    await answerer.declare(ingress())
+    with pytest.raises(QueueMissing):
+        async with asker.replies(next(name), "reply.1"):
+            pass
+    async with asker.replies(TASKS, "reply.1") as replies, other.replies(TASKS, "reply.2") as others:
+        await answerer.publish(TASKS, "reply.1", b"one")
+        await answerer.publish(TASKS, "reply.2", b"two")
+        for consumer, body in ((replies, b"one"), (others, b"two")):
+            (delivery,) = await take(consumer, 1)
+            assert delivery.body == body
+            await consumer.ack(delivery)
+    with pytest.raises(Unroutable):
+        await answerer.publish(TASKS, "reply.1", b"too late")
+    async with other.replies(TASKS, "reply.3"):
+        await other.close()
+    await until_unroutable(answerer, "reply.3")
+
+
+async def until_unroutable(bus: Bus, routing_key: str) -> None:
+    """The broker may take a moment to note the end of a connection."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await bus.publish(TASKS, routing_key, b"x")
+            except Unroutable:
+                return
+
+
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 async def test_a_purge_drops_what_waits_and_leaves_what_is_out(bus: Bus, name: Iterator[str], kind: QueueKind) -> None:
     queue = next(name)
