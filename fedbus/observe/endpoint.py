@@ -87,6 +87,7 @@ class Endpoint:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False
+    request_queue_size = 64
     pages: Pages
 
     def __init__(self, *args: Any) -> None:

@@ -14,11 +14,11 @@ class ClientRecord:
     """One client's past in this run.
 
     `asked`: fit tasks given; `folded`: updates that count, `late` of them late; `failed`: tasks that ended without one,
-    refusals among them; `stopped`: tasks whose update would have come too late; `lost`: tasks during which it went
-    away. `last_round`: in which it was asked last. `seconds`: how long it took from the task to the whole update the
-    last time, `mean_seconds` on average over `timed` of them, None while that is not known. `staleness`: versions late,
-    summed over `folded`. `nbytes`: payload bytes of the updates that count. `utility`: what its last update taught,
-    num_examples times its loss; None if it told none.
+    `refused` of them because of what the update was; `stopped`: tasks whose update would have come too late; `lost`:
+    tasks during which it went away. `last_round`: in which it was asked last. `seconds`: how long it took from the task
+    to the whole update the last time, `mean_seconds` on average over `timed` of them, None while that is not known.
+    `staleness`: versions late, summed over `folded`. `nbytes`: payload bytes of the updates that count. `utility`: what
+    its last update taught, num_examples times its loss; None if it told none.
     """
 
     client_id: str
@@ -26,6 +26,7 @@ class ClientRecord:
     folded: int = 0
     late: int = 0
     failed: int = 0
+    refused: int = 0
     stopped: int = 0
     lost: int = 0
     last_round: int = 0

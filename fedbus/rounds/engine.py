@@ -858,6 +858,7 @@ class Engine:
         if task is None or self._already_settled(event, task):
             return
         self._settle(event, Outcome.REFUSED, event.reason)
+        self._record(event.client_id).refused += 1
         self._fail(event.task_id, task, event.reason)
 
     def _settle(
