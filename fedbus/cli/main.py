@@ -37,6 +37,7 @@ from fedbus.cli.options import (
 )
 from fedbus.cli.screen import draw_curves, report, screen
 from fedbus.cli.simulate import simulate
+from fedbus.cli.status import status
 from fedbus.errors import FedbusError, UsageError, one_line
 from fedbus.observe.logs import log_event, set_up
 from fedbus.simulation.processes import new_run_dir, run_federation
@@ -51,6 +52,7 @@ app.add_typer(broker_app)
 app.add_typer(bench_app)
 app.command()(demo)
 app.command()(simulate)
+app.command()(status)
 
 
 def _show_version(value: bool) -> None:

@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ from fedbus.server.presence import Presence
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.slots import eager_share
 from fedbus.server.staging import StagedUpdate, check_finite
+from fedbus.server.status import as_json, describe
 from fedbus.server.virtual import VirtualClients
 from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.metrics import weighted_mean
@@ -94,6 +96,10 @@ _HISTORY_SHARE = 0.05
 _SMALL_BYTES = 4 << 20
 """Models up to here are folded and checked on the event loop, in a few milliseconds."""
 _NOTES_EVERY_S = 0.2
+_STATUS_S = 10.0
+"""How long an answer to `fedbus status` is of use."""
+_STATUS_SERVES_S = 0.25
+_REPLY_TO = re.compile(r"reply\.[0-9a-f]{32}")
 _ASYNCHRONOUS_VERSIONS = 32
 """What the stream keeps where a version may be made of each update: so many come while somebody fetches one."""
 
@@ -195,6 +201,9 @@ class Server:
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         # At most one evaluation waits: a slow evaluate_fn slows the rounds down instead of piling up models.
         self._central: asyncio.Queue[tuple[int, dict[str, Array]]] = asyncio.Queue(1)
+        self._questions: asyncio.Queue[str] = asyncio.Queue(64)  # where their answers go
+        self._last_status = -math.inf, b""  # with the time when it was made
+        self._made_at = now()
         self._sending: set[asyncio.Task[None]] = set()
         self._user_thread: Caller = caller or UserThread("fedbus-evaluate")
         self._ended = asyncio.Event()
@@ -472,6 +481,7 @@ class Server:
                 self._drive(engine),
                 self._listen_to_ourselves(),
                 self._look_for_successor(),
+                self._answer_questions(engine),
                 self._clear_doubts(intake),
                 self._keep_notes(),
                 intake.look_after_stalled(),
@@ -538,7 +548,7 @@ class Server:
             self._with_inbox.add(client_id)
 
     def _check_sender(self, delivery: Delivery, message: m.Message) -> None:
-        if isinstance(message, m.Echo):
+        if isinstance(message, m.Echo | m.StatusRequest):
             self._identity.check_ours(delivery)
         elif isinstance(message, m.ClientMessage):
             self._identity.check(delivery, message.client_id)
@@ -569,6 +579,9 @@ class Server:
             case m.UploadRequest():
                 self._upload_requested(message)
                 return None
+            case m.StatusRequest():
+                self._status_requested(message)
+                return None
             case m.Echo():
                 is_ours = (message.run_id, message.epoch) == (self._run_id, self._epoch)
                 return e.EchoHeard(sent_at=min(message.sent_at, now())) if is_ours else None
@@ -585,6 +598,41 @@ class Server:
             self._intake.slots.request(client_id, request.task_id, request.nbytes)
         elif fate in (Fate.COMMITTED, Fate.UNWANTED):
             self._replies.put_nowait((client_id, self._verdict(request.task_id, client_id)))
+
+    def _status_requested(self, request: m.StatusRequest) -> None:
+        """Answer in turn; of too many questions at once some are dropped, and asked again."""
+        if not _REPLY_TO.fullmatch(request.reply_to):
+            raise DecodeError("a status goes to a queue of replies, and to nobody else")
+        with contextlib.suppress(asyncio.QueueFull):
+            self._questions.put_nowait(request.reply_to)
+
+    async def _answer_questions(self, engine: Engine) -> None:
+        while True:
+            reply_to = await self._questions.get()
+            body = await self._status(engine)
+            with contextlib.suppress(Unroutable, PublishUnconfirmed):  # whoever asked is gone, or asks again
+                await self._bus.publish(TASKS, reply_to, body, expires_s=_STATUS_S, timeout_s=_STATUS_S)
+
+    async def _status(self, engine: Engine) -> bytes:
+        """A `Status` as of a moment ago: questions cost no more than a few looks a second, however many come."""
+        made_at, body = self._last_status
+        if now() - made_at < _STATUS_SERVES_S:
+            return body
+        figures = self.figures()
+        assert figures is not None, "who answers has an engine"
+        status = describe(
+            run_id=self._run_id,
+            epoch=self._epoch,
+            rounds=self._app.rounds,
+            snapshot=engine.snapshot(now()),
+            figures=figures,
+            records=engine.records,
+            joined=self._history.clients_joined,
+            uptime_s=round(now() - self._made_at, 3),
+        )
+        payload = await asyncio.to_thread(as_json, status)
+        self._last_status = now(), encode(m.Status(run_id=self._run_id, payload=payload))
+        return self._last_status[1]
 
     def _grant(self, client_id: str, task_id: str) -> None:
         grant = m.UploadGrant(task_id=task_id, run_id=self._run_id, epoch=self._epoch)

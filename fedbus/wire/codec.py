@@ -37,6 +37,7 @@ KINDS: Final[dict[str, type[Message]]] = {
         messages.EvaluateReport,
         messages.UploadRequest,
         messages.Echo,
+        messages.StatusRequest,
         messages.Update,
         messages.Part,
         messages.Model,
@@ -49,6 +50,7 @@ KINDS: Final[dict[str, type[Message]]] = {
         messages.Receipt,
         messages.Refusal,
         messages.RunEnded,
+        messages.Status,
     )
 }
 

@@ -99,6 +99,13 @@ class Echo:
     sent_at: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusRequest:
+    """Somebody with the server's own user asks how the run goes: a `Status` is due to `reply_to`, a routing key."""
+
+    reply_to: Text
+
+
 # ---- client to server, large: the updates queue -----------------------------------------------------------------
 
 
@@ -262,9 +269,22 @@ class RunEnded:
     reason: Text
 
 
-ControlMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport | UploadRequest | Echo
+# ---- server to whoever asks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How the run goes; `payload` is JSON, see `fedbus.server.status`."""
+
+    run_id: Text
+    payload: Payload
+
+
+ControlMessage: TypeAlias = (
+    Join | Heartbeat | Leave | TaskFailed | EvaluateReport | UploadRequest | Echo | StatusRequest
+)
 ClientMessage: TypeAlias = Join | Heartbeat | Leave | TaskFailed | EvaluateReport | UploadRequest | Update
 """What a client says in its own name."""
 Task: TypeAlias = ParametersTask | FitTask | EvaluateTask
 InboxMessage: TypeAlias = Welcome | Task | CancelTask | UploadGrant | Receipt | Refusal | RunEnded
-Message: TypeAlias = ControlMessage | Update | Part | Model | InboxMessage
+Message: TypeAlias = ControlMessage | Update | Part | Model | InboxMessage | Status
