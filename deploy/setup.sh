@@ -49,6 +49,18 @@ ensure_rabbitmq() {
     rabbitmq_is_there || die "RabbitMQ was installed, but its rabbitmq-server is not where it should be"
 }
 
+# For the tests of metrics and alerts, which skip where it is missing.
+ensure_prometheus() {
+    if has prometheus && has promtool; then return 0; fi
+    if has apt-get; then
+        say "installing Prometheus (apt) ..."
+        apt_install prometheus
+    elif has brew; then
+        say "installing Prometheus (brew) ..."
+        brew_install prometheus
+    fi
+}
+
 has() { command -v "$1" >/dev/null 2>&1; }
 
 brew_install() {
@@ -72,7 +84,7 @@ if [ ! -e "$policy" ]; then
     printf "#!/bin/sh\nexit 101\n" >"$policy"
     chmod 755 "$policy"
 fi
-for unit in rabbitmq-server.service epmd.service epmd.socket; do
+for unit in rabbitmq-server.service epmd.service epmd.socket prometheus.service; do
     if [ ! -e "/lib/systemd/system/$unit" ]; then units="$units $unit"; fi
 done
 install() { apt-get install -y -q --no-install-recommends "$@" </dev/null >"$log" 2>&1; }
