@@ -1025,7 +1025,7 @@ async def test_a_version_that_its_server_could_not_publish_whole_is_read_from_th
     head = m.Model(
         run_id="run", epoch=1, version=5, schema=schema, part_bytes=1 << 20, checksum=checksum(first), payload=first
     )
-    await bus.publish("fedbus.model", "", encode(head))  # and then it died
+    await bus.publish(BROADCAST, "", encode(head))  # and then it died
     reading = asyncio.create_task(ModelReader(bus).read(place(5, 0)))
     await asyncio.sleep(0)
     await publish(ModelPublisher(bus, run_id="run", epoch=2), model, 5)

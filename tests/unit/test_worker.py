@@ -19,7 +19,7 @@ import fedbus.worker.runtime
 from fedbus.api import join
 from fedbus.app import App
 from fedbus.bus.memory import MemoryBroker
-from fedbus.bus.topology import CONTROL, DEAD, UPDATES, WORK, work_queue
+from fedbus.bus.topology import CONTROL, DEAD, JOBS, UPDATES, WORK, work_queue
 from fedbus.client.reader import ModelReader, Place
 from fedbus.client.upload import Upload
 from fedbus.config import parse_virtual_id, virtual_id
@@ -122,7 +122,7 @@ async def test_nothing_but_tasks_goes_into_the_queue_of_work_and_each_task_once(
     publish = MemoryBroker._publish
 
     def noting(broker: MemoryBroker, exchange: str, routing_key: str, body: bytes, *rest: Any) -> int:
-        if exchange in (WORK, "fedbus.tasks"):
+        if exchange in (JOBS, "fedbus.tasks"):
             message = decode(body)
             sent[exchange, getattr(message, "task_id", type(message).__name__)] += 1
         return publish(broker, exchange, routing_key, body, *rest)
@@ -132,7 +132,7 @@ async def test_nothing_but_tasks_goes_into_the_queue_of_work_and_each_task_once(
     async with federation(app) as story:
         history = await served(story, 2)
     kinds = itertools.product(("fit", "evaluate"), (1, 2), virtual(2))
-    assert sent == {(WORK, f"{history.run_id}/{kind}/{n}/{client}"): 1 for kind, n, client in kinds}
+    assert sent == {(JOBS, f"{history.run_id}/{kind}/{n}/{client}"): 1 for kind, n, client in kinds}
 
 
 async def test_federated_evaluation_is_done_by_virtual_clients_too() -> None:
@@ -652,9 +652,9 @@ async def test_what_is_no_task_of_a_virtual_client_is_set_aside() -> None:
         bus = story.broker.connect("server")
         await bus.declare(work_queue())
         story.start_worker("w1")
-        await bus.publish(WORK, "hospital", encode(fit_task("run", 0)))
-        await bus.publish(WORK, virtual_id(0, 1), encode(m.UploadGrant(task_id="t", run_id="run", epoch=1)))
-        await bus.publish(WORK, virtual_id(0, 1), b"garbage")
+        await bus.publish(JOBS, "hospital", encode(fit_task("run", 0)))
+        await bus.publish(JOBS, virtual_id(0, 1), encode(m.UploadGrant(task_id="t", run_id="run", epoch=1)))
+        await bus.publish(JOBS, virtual_id(0, 1), b"garbage")
         await story.until(o.MessageRejected, 3, queue=WORK)
     assert [event.reason for event in story.told(o.MessageRejected)][:2] == [
         "'hospital' is no virtual client",
