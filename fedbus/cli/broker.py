@@ -21,6 +21,7 @@ from fedbus.cli.provision import (
     Listen,
     TlsPort,
     add_provisioning,
+    is_provisioned,
     listener_for,
 )
 
@@ -75,10 +76,7 @@ def start(
         return
     verb = "started" if state.started_at >= began else "is already running"
     typer.echo(f"broker {name!r} {verb} on 127.0.0.1:{state.port} (pid {state.pid}, data in {state.data_dir})")
-    if state.tls_address is not None:
-        typer.echo(f"other machines reach it by TLS at {state.tls_address}, port {state.tls_port}")
-    if state.management_port is not None:
-        typer.echo(f"management API: http://127.0.0.1:{state.management_port}")
+    _echo_doors(state)
     if name == "default":
         typer.echo("other terminals of this user find it by themselves; stop it with: fedbus broker stop")
     else:
@@ -107,11 +105,21 @@ def status(name: _Name = "default", as_json: _Json = False, show_url: _ShowUrl =
         typer.echo(f"broker {name!r} is not running; start it with: fedbus broker start")
     else:
         typer.echo(f"broker {name!r} runs on 127.0.0.1:{state.port} (pid {state.pid}, data in {state.data_dir})")
+        _echo_doors(state)
         typer.echo(f"since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(state.started_at))}")
     if state is not None and show_url and not as_json:
         typer.echo(state.url)
     if state is None:
         raise typer.Exit(1)
+
+
+def _echo_doors(state: NodeState) -> None:
+    if state.tls_address is not None:
+        typer.echo(f"other machines reach it by TLS at {state.tls_address}, port {state.tls_port}")
+    elif is_provisioned(state.data_dir):
+        typer.echo("only this machine reaches it, and no member of its federations: start it with --listen ADDRESS")
+    if state.management_port is not None:
+        typer.echo(f"management API: http://127.0.0.1:{state.management_port}")
 
 
 def _echo_json(state: NodeState | None) -> None:

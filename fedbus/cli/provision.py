@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fedbus.provision.records import Office
 
 _USER_DAYS = 365
-_UPDATES_BYTES = 4 << 30
 _WILDCARDS = ("0.0.0.0", "::")
 
 _Login: TypeAlias = Literal["certificate", "password"]
@@ -113,6 +112,11 @@ def listener_for(folder: Path, door: Door) -> TlsListener | None:
     return listener.listener_of(office, door.listen, port=door.tls_port, login=door.login)
 
 
+def is_provisioned(folder: Path) -> bool:
+    """Whether the node in `folder` has let other machines in before."""
+    return (folder / "provision" / "ca.pem").exists()
+
+
 def add_provisioning(app: typer.Typer) -> None:
     """Hang the commands under `fedbus broker`."""
     app.command()(provision)
@@ -138,9 +142,9 @@ def provision(
     out: _Out = None,
     days: _Days = _USER_DAYS,
     max_updates_bytes: Annotated[
-        int,
-        typer.Option("--max-updates-bytes", min=1 << 20, help="What the queue of updates may hold; more is refused."),
-    ] = _UPDATES_BYTES,
+        int | None,
+        typer.Option("--max-updates-bytes", min=1 << 20, help="What the queue of updates may hold; default: 4 GiB."),
+    ] = None,
     ca: Ca = None,
     ca_key: CaKey = None,
     name: _Name = "default",
@@ -168,7 +172,7 @@ def provision(
         login=login,
         folder=out or Path(f"{federation}-bundles"),
         days=days,
-        bounds=QueueBounds(updates_bytes=max_updates_bytes),
+        bounds=None if max_updates_bytes is None else QueueBounds(updates_bytes=max_updates_bytes),
     )
     _show_issue(issue, as_json)
     if not as_json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ def provision(
         login: with what members log in; None: as the last time, else by certificate where there is a CA that signs.
         folder: of the bundles, one file for each new user.
         days: until certificates expire.
+        bounds: of the queues; None: as the last time, else the usual ones.
 
     Raises:
         ConfigError: a name that cannot be used, or no way to a certificate.
@@ -123,10 +125,10 @@ def provision(
         known = desk.admin.definitions()
         there = _current_users(known, federation)
         _check_ours(known, federation, there)
-        record = _agree(desk.office, records.federations.get(federation), hosts, login)
+        record = _agree(desk.office, records.federations.get(federation), hosts, login, bounds)
         new = [_next_user(federation, who, known, records) for who in wanted if who not in there]
         every = [*there.values(), *new]
-        setting = _federation_definitions(federation, known, every, bounds or QueueBounds())
+        setting = _missing_in(known, _federation_definitions(federation, known, every, record.bounds))
         records.federations[federation] = record
         bundles = _issue(desk, records, record, new, setting, folder, days)
         kept = [there[who].name for who in wanted if who in there]
@@ -211,9 +213,13 @@ def _member(user: User, connections: int | None, record: UserRecord | None) -> M
 
 
 def _agree(
-    office: Office, record: FederationRecord | None, hosts: Sequence[str], login: Login | None
+    office: Office,
+    record: FederationRecord | None,
+    hosts: Sequence[str],
+    login: Login | None,
+    bounds: QueueBounds | None,
 ) -> FederationRecord:
-    """How members are to reach the broker: what is asked for now, else what was said before."""
+    """How members are to reach the broker, and what they may leave there: as asked for now, else as was said before."""
     known_hosts = () if record is None else record.hosts
     if not hosts and not known_hosts:
         raise ConfigError("say where members reach the broker: --host HOST[:PORT]")
@@ -223,7 +229,11 @@ def _agree(
         raise ConfigError(
             "certificates need a CA that signs them: give --ca and --ca-key, or let members log in by --login password"
         )
-    return FederationRecord(hosts=tuple(map(check_host, hosts)) or known_hosts, login=chosen)
+    return FederationRecord(
+        hosts=tuple(map(check_host, hosts)) or known_hosts,
+        login=chosen,
+        bounds=bounds or (QueueBounds() if record is None else record.bounds),
+    )
 
 
 def check_host(host: str) -> str:
@@ -300,6 +310,18 @@ def _federation_definitions(
     policies = policy_definitions(federation, bounds, takes_overflow=_version(known) >= _OVERFLOW_SINCE)
     vhost = {"vhosts": [] if is_there else [{"name": federation}]}
     return _merged([vhost, policies, *map(access_definitions, users)])
+
+
+def _missing_in(
+    known: Mapping[str, Any], setting: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """What the broker does not have yet just so: to set the rights of a thousand users again takes it seconds."""
+
+    def missing(category: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        there = {json.dumps(entry, sort_keys=True) for entry in known.get(category, ())}
+        return [entry for entry in entries if json.dumps(entry, sort_keys=True) not in there]
+
+    return {category: missing(category, entries) for category, entries in setting.items()}
 
 
 def _version(known: Mapping[str, Any]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, TypeAlias
 from fedbus.errors import ConfigError
 from fedbus.provision.authority import CA_FILE, CA_KEY_FILE, Authority, parse_certificates
 from fedbus.provision.files import private_folder, read_text, write_private
+from fedbus.provision.rights import QueueBounds
 
 Login: TypeAlias = Literal["certificate", "password"]
 
@@ -32,10 +33,14 @@ _FORMAT: Final = 1
 
 @dataclass(frozen=True, kw_only=True)
 class FederationRecord:
-    """How a federation's members reach the broker: HOST:PORT of each of its nodes, and what they log in with."""
+    """How a federation's members reach the broker: HOST:PORT of each of its nodes, and what they log in with.
+
+    `bounds`: what its queues may hold.
+    """
 
     hosts: tuple[str, ...]
     login: Login
+    bounds: QueueBounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,9 @@ def _parse(content: Any) -> Records:
         raise ValueError("another format")
     return Records(
         federations={
-            name: FederationRecord(hosts=tuple(fields["hosts"]), login=fields["login"])
+            name: FederationRecord(
+                hosts=tuple(fields["hosts"]), login=fields["login"], bounds=QueueBounds(**fields["bounds"])
+            )
             for name, fields in content["federations"].items()
         },
         users={name: UserRecord(**fields) for name, fields in content["users"].items()},

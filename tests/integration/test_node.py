@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from fedbus.bus.node import (
     NodeState,
     PrivateNode,
+    TlsListener,
     detached_state,
     find_rabbitmq,
     start_detached,
@@ -50,6 +51,11 @@ def gone(pid: int) -> bool:
 
 def all_gone(state: NodeState) -> bool:
     return all(map(gone, (state.pid, state.epmd_pid, state.keeper_pid)))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def speaks_amqp(port: int) -> bool:
@@ -94,6 +100,22 @@ def test_a_taken_port_is_named_with_what_to_do(node: PrivateNode) -> None:
     with (
         pytest.raises(NodeError, match=rf"port {node.port} .* is taken .* another --port"),
         PrivateNode(port=node.port),
+    ):
+        pass
+
+
+def test_a_listener_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    missing, port = tmp_path / "missing.pem", free_port()
+    here = TlsListener(address="127.0.0.1", port=port, ca=missing, certificate=missing, key=missing)
+    with pytest.raises(NodeError, match=r"missing\.pem cannot be read"), PrivateNode(listener=here):
+        pass
+    elsewhere = TlsListener(address="192.0.2.1", ca=missing, certificate=missing, key=missing)  # RFC 5737: nobody's
+    with pytest.raises(NodeError, match=r"no address 192\.0\.2\.1"), PrivateNode(listener=elsewhere):
+        pass
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(NodeError, match=f"port {port} .* another --tls-port"),
+        PrivateNode(listener=here),
     ):
         pass
 
@@ -196,7 +218,12 @@ def test_a_detached_node_lives_until_it_is_stopped(state_home: Path) -> None:
     assert shown.exit_code == 0
     assert json.loads(shown.output) == {
         "url": one.url, "port": one.port, "pid": one.pid, "data_dir": str(one.data_dir), "running": True,
+        "tls_address": None, "tls_port": None, "management_port": None,
     }  # fmt: skip
+    for late in (["--listen", "127.0.0.1"], ["--management-port", "15672"]):
+        refused = runner.invoke(broker_app, ["start", *late])
+        assert isinstance(refused.exception, NodeError)
+        assert "stop it first" in str(refused.exception)
 
     assert json.loads(runner.invoke(broker_app, ["stop", "--json"]).output)["stopped"] is True
     assert all_gone(one)
@@ -209,8 +236,19 @@ def test_a_detached_node_whose_keeper_or_broker_died_is_cleared_away(state_home:
     os.kill(first.keeper_pid, signal.SIGKILL)
     assert eventually(lambda: detached_state() is None)
     assert eventually(lambda: all_gone(first))
-    second = start_detached(port=first.port)
+    port = free_port()
+    reachable = ["--listen", "127.0.0.1", "--tls-port", str(port), "--management-port", "0"]
+    for word in ("started", "already running"):
+        result = CliRunner().invoke(broker_app, ["start", "--port", str(first.port), *reachable])
+        assert word in result.output
+        assert f"by TLS at 127.0.0.1, port {port}" in result.output
+    second = detached_state()
+    assert second is not None
     assert second.url == first.url
+    assert (second.tls_address, second.tls_port) == ("127.0.0.1", port)
+    assert second.management_port
+    with pytest.raises(NodeError, match=r"listens to 127\.0\.0\.1"):
+        start_detached(listener=TlsListener(address="0.0.0.0", ca=state_home, certificate=state_home, key=state_home))
     os.kill(second.pid, signal.SIGKILL)
     assert eventually(lambda: all_gone(second))
     assert detached_state() is None

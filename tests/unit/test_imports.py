@@ -104,5 +104,20 @@ def test_importing_fedbus_is_cheap() -> None:
     """The keeper, the shell's completion and `fedbus --help` must not pay for torch."""
     import subprocess
 
-    code = "import sys, fedbus.cli.main; print(sorted({'torch', 'sklearn', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    heavy = {"torch", "sklearn", "matplotlib", "scipy", "cryptography"}
+    code = f"import sys, fedbus.cli.main; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_provisioning_without_cryptography_says_what_to_install() -> None:
+    import subprocess
+
+    code = (
+        "import sys; sys.modules['cryptography'] = None; sys.argv = ['fedbus', 'broker', 'list', '--system']; "
+        "from fedbus.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "fedbus: certificates need the package cryptography: pip install 'fedbus[provision]'"
+    ]

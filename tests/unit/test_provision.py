@@ -13,11 +13,12 @@ from fedbus.bus.bundle import Bundle
 from fedbus.bus.node import TlsListener
 from fedbus.cli.provision import Door, listener_for
 from fedbus.errors import BrokerError, ConfigError, UsageError
-from fedbus.provision.admin import ManagementApi, OpenConnection, password_hash
+from fedbus.provision.admin import Definitions, ManagementApi, OpenConnection, password_hash
 from fedbus.provision.authority import Authority, hosts_of, parse_certificates
 from fedbus.provision.federation import Desk, check_host, members, provision, revoke, rotate
 from fedbus.provision.listener import broker_certificate, node_office, own_listener
 from fedbus.provision.records import Office
+from fedbus.provision.rights import QueueBounds
 from tests.brokers import MemoryAdmin
 
 NOW = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
@@ -103,6 +104,35 @@ def test_rights_that_have_changed_since_are_set_again(desk: Desk, admin: MemoryA
     admin.import_definitions({"permissions": [{**entry, "write": ".*"} for entry in due]})
     provision(desk, "f", [], folder=out)
     assert admin.definitions()["permissions"] == due
+
+
+def test_bounds_stay_as_they_were_said_until_others_are_said(desk: Desk, admin: MemoryAdmin, out: Path) -> None:
+    def bound() -> object:
+        (policy,) = [entry for entry in admin.definitions()["parameters"] if entry["name"] == "fedbus-updates"]
+        return policy["value"]["definition"]["max-length-bytes"]
+
+    provision(desk, "f", [], hosts=HOSTS, folder=out)
+    assert bound() == 4 << 30
+    provision(desk, "f", [], folder=out, bounds=QueueBounds(updates_bytes=1 << 30))
+    assert bound() == 1 << 30
+    provision(desk, "f", ["a"], folder=out)
+    assert bound() == 1 << 30
+
+
+def test_only_what_is_new_is_sent_to_the_broker(desk: Desk, admin: MemoryAdmin, out: Path) -> None:
+    provision(desk, "f", ["a", "b"], hosts=HOSTS, folder=out)
+    sent: list[Definitions] = []
+    admin.import_definitions = sent.append  # type: ignore[method-assign, assignment]
+    provision(desk, "f", ["a", "c"], folder=out)
+    (definitions,) = sent
+    assert {category: len(entries) for category, entries in definitions.items()} == {
+        "vhosts": 0,
+        "policies": 0,
+        "parameters": 0,
+        "permissions": 1,
+        "topic_permissions": 2,
+        "users": 1,
+    }
 
 
 def test_the_cluster_is_reached_by_each_of_its_nodes(desk: Desk, out: Path) -> None:
