@@ -52,7 +52,9 @@ _Figures: TypeAlias = Callable[[], BrokerFigures]
 
 @dataclass(kw_only=True)
 class Glance:
-    """One look. `trouble`: why the broker cannot be asked, "" when it can; `unknown`: why its memory is not known."""
+    """One look. `trouble`: why the broker cannot be asked, "" when it can; `alarm`: why it lets nobody ask the server;
+    `unknown`: why its memory is not known.
+    """
 
     broker: str
     server: dict[str, Any] | None = None
@@ -60,6 +62,7 @@ class Glance:
     figures: BrokerFigures | None = None
     unknown: str = ""
     trouble: str = ""
+    alarm: str = ""
 
     @property
     def is_served(self) -> bool:
@@ -71,6 +74,7 @@ class Glance:
         broker = {
             "url": self.broker,
             "error": self.trouble or None,
+            "alarm": self.alarm or None,
             "version": self.figures and self.figures.version,
             "connections": self.figures and self.figures.connections,
             "nodes": nodes,
@@ -148,21 +152,31 @@ class _Looker:
         self._unknown = source if isinstance(source, str) else ""
         self._figures_due_at = 0.0
         self._bus: Bus | None = None
+        self._alarm = ""
 
     async def once(self) -> Glance:
         """One look, of which failures are raised."""
-        async with await connect(self._access, name="fedbus status") as self._bus:
-            return await self._look(self._bus)
+        async with await self._connect() as bus:
+            return await self._look(bus)
 
     async def again(self) -> Glance:
         """One look; a broker that is away shows as trouble."""
         try:
             if self._bus is None:
-                self._bus = await connect(self._access, name="fedbus status")
+                self._bus = await self._connect()
             return await self._look(self._bus)
         except (BrokerError, DecodeError) as exc:
             await self.close()
             return Glance(broker=str(self._access), trouble=one_line(str(exc)))
+
+    async def _connect(self) -> Bus:
+        bus = await connect(self._access, name="fedbus status")
+        self._alarm = ""
+        bus.on_blocked = self._note_alarm
+        return bus
+
+    def _note_alarm(self, reason: str | None) -> None:
+        self._alarm = "" if reason is None else one_line(reason, 200)
 
     async def close(self) -> None:
         bus, self._bus = self._bus, None
@@ -178,7 +192,12 @@ class _Looker:
         finally:
             figures.cancel()
         return Glance(
-            broker=str(self._access), server=server, queues=queues, figures=self._figures, unknown=self._unknown
+            broker=str(self._access),
+            server=server,
+            queues=queues,
+            figures=self._figures,
+            unknown=self._unknown,
+            alarm=self._alarm,
         )
 
     async def _ask_broker(self) -> None:
@@ -227,11 +246,11 @@ def _console() -> Console:
 
 def render(glance: Glance, width: int, *, most_rows: int | None = None) -> RenderableType:
     """A screenful: the run, the broker, the queues, the clients; of them `most_rows` at most."""
+    queues: list[RenderableType] = [Text(), _queue_table(glance.queues)] if any(glance.queues.values()) else []
     return Group(
         *_run_lines(glance),
         *_broker_lines(glance),
-        Text(),
-        _queue_table(glance.queues),
+        *queues,
         *([] if glance.server is None else [Text(), *_member_table(glance.server, width, most_rows)]),
     )
 
@@ -245,6 +264,9 @@ def _run_lines(glance: Glance) -> Iterator[Text]:
         yield _line("broker", glance.trouble, style="bold red")
         return
     found = glance.server
+    if found is None and glance.alarm:
+        yield _line("server", f"cannot be asked, the broker lets nobody publish: {glance.alarm}", style="bold red")
+        return
     if found is None:
         yield _line("server", "none answers (or it does not take this user for its own)", style="bold red")
         return

@@ -413,6 +413,9 @@ def test_what_is_not_known_is_said_with_the_way_to_know_it() -> None:
     assert "none answers" in text
     assert "memory, disk and connections unknown: give --management URL to see them" in text
     assert "fedbus.updates" in text
+    assert "cannot be asked, the broker lets nobody publish: low on disk" in shown(
+        glance(server=None, alarm="low on disk")
+    )
     assert "no broker answers" in shown(Glance(broker="amqp://b", trouble="no broker answers at amqp://b"))
 
 
