@@ -33,10 +33,6 @@ class Models:
                 model = self._in_hand[place.key] = _Model(await self._reader.read(place))
             return model
 
-    def move(self, place: Place) -> None:
-        """The model that is being read has been published anew, by the next server."""
-        self._reader.move(place)
-
     async def close(self) -> None:
         """End the subscription."""
         await self._reader.close()

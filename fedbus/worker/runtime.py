@@ -209,8 +209,6 @@ class WorkerRuntime:
         known = self._in_hand.get(task.task_id)
         if known is not None:
             known.merge(task, consumer, delivery)
-            if not isinstance(task, m.ParametersTask):
-                self._models.move(place_of(task))
             return
         job = _Job(task=task, context=_context_of(delivery), consumer=consumer, deliveries=[delivery])
         self._in_hand[task.task_id] = job

@@ -18,7 +18,8 @@ import fedbus.worker.horizon
 import fedbus.worker.runtime
 from fedbus.api import join
 from fedbus.app import App
-from fedbus.bus.memory import MemoryBroker
+from fedbus.bus.base import QueueState
+from fedbus.bus.memory import MemoryBroker, MemoryBus
 from fedbus.bus.topology import CONTROL, DEAD, JOBS, UPDATES, WORK, work_queue
 from fedbus.client.reader import ModelReader, Place
 from fedbus.client.upload import Upload
@@ -327,6 +328,30 @@ def wait_for(condition: Any) -> None:
             return
         threading.Event().wait(0.005)
     raise AssertionError("it never came to that")
+
+
+async def test_virtual_clients_outlive_their_lease_and_nobody_looks_for_their_inboxes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: Counter[str] = Counter()
+    queue_state = MemoryBus.queue_state
+
+    async def counted(bus: MemoryBus, queue: str) -> QueueState:
+        looks[queue] += 1
+        return await queue_state(bus, queue)
+
+    monkeypatch.setattr(MemoryBus, "queue_state", counted)
+    gate = Gate()
+    app = app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1, "fraction_evaluate": 0, "lease_s": 0.1})
+    async with federation(app) as story:
+        serving = story.start_server(virtual_clients=1, look_every_s=0.005)
+        story.start_worker("w1")
+        await story.until(o.TaskStarted)
+        await asyncio.to_thread(wait_for, lambda: looks[WORK] >= 16)  # four leases
+        gate.open()
+        history = await serving
+    assert (history.clients_lost, history.updates) == ([], 1)
+    assert set(looks) == {WORK}
 
 
 # ---- the server dies, or loses its connection ------------------------------------------------------------------------
