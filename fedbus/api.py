@@ -106,7 +106,7 @@ async def join(
             client = ClientRuntime(
                 app, bus, client_id=client_id, partition=partition, num_partitions=num_partitions, observers=observers
             )
-            watch.read(lambda: [client.figures()])
+            watch.read(client.figures)
             with on_signals(lambda _: client.request_leave()):
                 ended = await client.run()
     if ended is not None and not ended.finished:
@@ -122,27 +122,34 @@ async def work(
     grace_s: float = 30.0,
     until_idle_s: float | None = None,
     observers: Sequence[o.Observe] = (),
+    metrics: str | None = None,
 ) -> int:
     """Do tasks of virtual clients on `broker`, a URL or an `Access`, waiting for a server with such clients if need be.
 
     `slots` tasks at a time, each in a thread of its own: more than one where the code waits, or leaves the interpreter
     to others, as a GPU or numpy does; for more Python start more workers. The number of tasks that were answered, once
     none has come for `until_idle_s`; without it, or before, at SIGTERM or Ctrl-C (in the main thread): then what is in
-    hand is finished within `grace_s`, or given back to the other workers.
+    hand is finished within `grace_s`, or given back to the other workers. At `metrics` ("[HOST:]PORT") it
+    serves /metrics for Prometheus, /healthz and /livez.
 
     Raises:
-        ConfigError: for a URL or a number of slots that cannot be used.
+        ConfigError: for a URL, a number of slots or an address that cannot be used.
         BrokerError: when the broker cannot be reached or refuses us; one that goes away later is waited for.
     """
 
     def on_state(state: LinkState) -> None:
         _tell(observers, _link_event(state))
 
-    async with await connect_supervised(broker, name="fedbus worker", on_state=on_state) as bus:
-        _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="worker"))
-        worker = WorkerRuntime(app, bus, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=observers)
-        with on_signals(lambda name: worker.request_stop(f"stopped by {name}")):
-            return await worker.run()
+    async with watching("worker", metrics, observers) as watch:
+        observers = [*observers, *watch.observers]
+        async with await connect_supervised(broker, name="fedbus worker", on_state=on_state) as bus:
+            _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="worker"))
+            worker = WorkerRuntime(
+                app, bus, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=observers
+            )
+            watch.read(worker.figures)
+            with on_signals(lambda name: worker.request_stop(f"stopped by {name}")):
+                return await worker.run()
 
 
 def start_server(
@@ -201,10 +208,19 @@ def start_worker(
     grace_s: float = 30.0,
     until_idle_s: float | None = None,
     observers: Sequence[o.Observe] = (),
+    metrics: str | None = None,
 ) -> int:
     """`work`, blocking."""
     return asyncio.run(
-        work(app, broker=broker, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=observers)
+        work(
+            app,
+            broker=broker,
+            slots=slots,
+            grace_s=grace_s,
+            until_idle_s=until_idle_s,
+            observers=observers,
+            metrics=metrics,
+        )
     )
 
 

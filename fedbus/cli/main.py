@@ -216,6 +216,7 @@ def worker(
     until_idle_s: Annotated[
         float | None, typer.Option("--until-idle", min=0, help="End once no task has come for so many seconds.")
     ] = None,
+    metrics: Metrics = None,
     as_json: Json = False,
     log_json: LogJson = False,
     debug: Debug = False,
@@ -229,7 +230,15 @@ def worker(
     access = access_of(broker, load_bundle(bundle, "worker"))
     set_up(sys.stderr if as_json or log_json else sys.stdout, as_json=log_json, level=log_level())
     done = run_async(
-        work(loaded, broker=access, slots=slots, grace_s=grace_s, until_idle_s=until_idle_s, observers=[log_event])
+        work(
+            loaded,
+            broker=access,
+            slots=slots,
+            grace_s=grace_s,
+            until_idle_s=until_idle_s,
+            observers=[log_event],
+            metrics=metrics,
+        )
     )
     if as_json:
         typer.echo(json.dumps({"tasks": done}))

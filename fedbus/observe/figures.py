@@ -48,6 +48,21 @@ class ClientFigures:
     downloaded_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerFigures:
+    """A worker as of now.
+
+    `has_work`: whether there is a queue that it takes tasks from. `in_hand`: tasks that it has taken; it does
+    `slots` of them at a time. The bytes are those of `ClientFigures`.
+    """
+
+    has_work: bool
+    slots: int
+    in_hand: int
+    uploaded_bytes: int
+    downloaded_bytes: int
+
+
 def resident_bytes() -> int:
     """Memory that this process holds now; where the system does not tell (macOS), the most that it ever held."""
     try:

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from fedbus.bus.base import QueueState
 from fedbus.observe import events as o
-from fedbus.observe.figures import ClientFigures, ServerFigures
+from fedbus.observe.figures import ClientFigures, ServerFigures, WorkerFigures
 from fedbus.observe.health import Health
 
 Role: TypeAlias = Literal["server", "client", "worker"]
@@ -202,6 +202,7 @@ class ServerMetrics(Metrics):
         self._losses = Counter(
             "fedbus_member_losses", "Members that are none any more, by cause.", ("cause",), registry=registry
         )
+        self._workers = Gauge("fedbus_workers", "Workers that take tasks of virtual clients.", registry=registry)
         self._loss = Gauge("fedbus_evaluation_loss", "Of the last evaluation.", ("where",), registry=registry)
         self._accuracy = Gauge(
             "fedbus_evaluation_accuracy",
@@ -252,6 +253,8 @@ class ServerMetrics(Metrics):
                 self._joins.inc()
             case o.MemberLost():
                 self._losses.labels(event.cause).inc()
+            case o.WorkersCounted():
+                self._workers.set(event.workers)
             case o.Evaluated():
                 self._evaluated(event)
             case o.EvaluateFailed():
@@ -294,24 +297,24 @@ class ServerMetrics(Metrics):
         )
 
 
-class ClientMetrics(Metrics):
-    """Those of a client, or of a worker that hosts many: their sums."""
+class _TaskMetrics(Metrics):
+    """What those who do tasks have in common."""
 
-    def __init__(self, role: Role, health: Health, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, role: Role, health: Health, clock: Callable[[], float]) -> None:
         super().__init__(role, health, clock)
-        registry = self.registry
         self._tasks = Counter(
-            "fedbus_client_tasks", "Tasks by kind and by what became of them.", ("kind", "outcome"), registry=registry
+            "fedbus_tasks",
+            "Tasks by kind and by what became of them.",
+            ("kind", "outcome"),
+            registry=self.registry,
         )
         self._seconds = Histogram(
-            "fedbus_client_task_seconds",
+            "fedbus_task_seconds",
             "From the begin of a task to its answer at the broker.",
             ("kind",),
             buckets=_ROUND_BUCKETS,
-            registry=registry,
+            registry=self.registry,
         )
-        self._receipts = Counter("fedbus_client_receipts", "Updates that are committed.", registry=registry)
-        self._refusals = Counter("fedbus_client_refusals", "Updates that the server refused.", registry=registry)
         for kind in _KINDS:
             self._seconds.labels(kind)
             for outcome in ("completed", "failed", *(("cancelled",) if kind == "fit" else ())):
@@ -327,6 +330,26 @@ class ClientMetrics(Metrics):
                 self._tasks.labels(event.kind, "failed").inc()
             case o.TaskCancelled():
                 self._tasks.labels("fit", "cancelled").inc()
+            case _:
+                pass
+
+
+def _bytes_moved(now: ClientFigures | WorkerFigures) -> Iterator[Metric]:
+    yield CounterMetricFamily("fedbus_uploaded_bytes", "Update messages that the broker confirmed.", now.uploaded_bytes)
+    yield CounterMetricFamily("fedbus_downloaded_bytes", "Messages of the model stream.", now.downloaded_bytes)
+
+
+class ClientMetrics(_TaskMetrics):
+    """Those of a client."""
+
+    def __init__(self, health: Health, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("client", health, clock)
+        self._receipts = Counter("fedbus_client_receipts", "Updates that are committed.", registry=self.registry)
+        self._refusals = Counter("fedbus_client_refusals", "Updates that the server refused.", registry=self.registry)
+
+    def observe(self, event: object) -> None:
+        super().observe(event)
+        match event:
             case o.ReceiptArrived():
                 self._receipts.inc()
             case o.RefusalArrived():
@@ -336,40 +359,34 @@ class ClientMetrics(Metrics):
 
     def _read(self) -> Iterator[Metric]:
         yield from super()._read()
-        now: list[ClientFigures] = list(self.figures() or ())
-        members = sum(one.is_member for one in now)
-        yield _labelled(
-            "fedbus_client_clients",
-            "Clients in this process, by whether a server has welcomed them.",
-            "state",
-            {"member": members, "waiting": len(now) - members},
-        )
+        now: ClientFigures | None = self.figures()
+        if now is None:
+            return
+        yield from _bytes_moved(now)
+        yield GaugeMetricFamily("fedbus_client_member", "1 once a server has welcomed it.", float(now.is_member))
+        yield GaugeMetricFamily("fedbus_client_lease_seconds", "Silence after which it is given up.", now.lease_s)
         yield GaugeMetricFamily(
-            "fedbus_client_lease_seconds",
-            "Silence after which we are given up.",
-            _most(one.lease_s for one in now),
+            "fedbus_client_last_welcome_timestamp_seconds", "When a server welcomed it last; 0: none.", now.welcomed_at
         )
-        yield GaugeMetricFamily(
-            "fedbus_client_last_welcome_timestamp_seconds",
-            "When a server welcomed us last; 0: none has.",
-            _most(one.welcomed_at for one in now),
-        )
-        yield GaugeMetricFamily(
-            "fedbus_client_outbox_updates", "Updates without a receipt.", sum(one.outbox_updates for one in now)
-        )
-        yield GaugeMetricFamily(
-            "fedbus_client_outbox_bytes", "Their payload bytes.", sum(one.outbox_bytes for one in now)
-        )
-        yield CounterMetricFamily(
-            "fedbus_client_uploaded_bytes", "Update messages, confirmed.", sum(one.uploaded_bytes for one in now)
-        )
-        yield CounterMetricFamily(
-            "fedbus_client_downloaded_bytes", "Of the model stream.", sum(one.downloaded_bytes for one in now)
-        )
+        yield GaugeMetricFamily("fedbus_client_outbox_updates", "Updates without a receipt.", now.outbox_updates)
+        yield GaugeMetricFamily("fedbus_client_outbox_bytes", "Their payload bytes.", now.outbox_bytes)
 
 
-def _most(values: Iterable[float]) -> float:
-    return max(values, default=0.0)
+class WorkerMetrics(_TaskMetrics):
+    """Those of a worker."""
+
+    def __init__(self, health: Health, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("worker", health, clock)
+
+    def _read(self) -> Iterator[Metric]:
+        yield from super()._read()
+        now: WorkerFigures | None = self.figures()
+        if now is None:
+            return
+        yield from _bytes_moved(now)
+        yield GaugeMetricFamily("fedbus_worker_has_work", "1 while there is a queue of work.", float(now.has_work))
+        yield GaugeMetricFamily("fedbus_worker_slots", "Tasks that it does at a time.", now.slots)
+        yield GaugeMetricFamily("fedbus_worker_tasks_in_hand", "Tasks that it has taken.", now.in_hand)
 
 
 def _labelled(name: str, text: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:

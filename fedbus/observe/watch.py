@@ -44,8 +44,7 @@ class Watch:
     def read(self, figures: Callable[[], Any]) -> None:
         """Take figures from here at each scrape, called on this event loop.
 
-        A server gives `ServerFigures` or None; a client or a worker an iterable of `ClientFigures`, one for each
-        client, whose counters must not fall when one goes.
+        They are those of `fedbus.observe.figures` that belong to the role, or None while there are none.
         """
 
     def look_at(self, bus: Bus) -> None:
@@ -74,12 +73,12 @@ async def watching(
 
 def _metrics(role: Literal["server", "client", "worker"], health: Health) -> Metrics:
     try:
-        from fedbus.observe.metrics import ClientMetrics, ServerMetrics
+        from fedbus.observe.metrics import ClientMetrics, ServerMetrics, WorkerMetrics
     except ModuleNotFoundError as exc:
         if (exc.name or "").split(".")[0] != "prometheus_client":
             raise
         raise ConfigError("metrics need the package prometheus-client: pip install 'fedbus[metrics]'") from exc
-    return ServerMetrics(health) if role == "server" else ClientMetrics(role, health)
+    return {"server": ServerMetrics, "client": ClientMetrics, "worker": WorkerMetrics}[role](health)
 
 
 class _Watch(Watch):

@@ -22,6 +22,11 @@ class Models:
         self._turn = asyncio.Lock()
         self._in_hand: WeakValueDictionary[tuple[str, int], _Model] = WeakValueDictionary()
 
+    @property
+    def downloaded_bytes(self) -> int:
+        """Of all messages of the stream that came."""
+        return self._reader.downloaded_bytes
+
     async def read(self, place: Place) -> Tensors:
         """The tensors at `place`, read-only. Raises `BrokerError` when they are not to be had there."""
         model = self._in_hand.get(place.key)

@@ -39,6 +39,7 @@ from fedbus.errors import (
     one_line,
 )
 from fedbus.observe import events as o
+from fedbus.observe.figures import WorkerFigures
 from fedbus.training.base import ClientContext
 from fedbus.training.thread import Caller, UserThread
 from fedbus.types import Tensors
@@ -115,8 +116,19 @@ class WorkerRuntime:
         self._stopping = asyncio.Event()
         self._reason = ""
         self._tasks_done = 0
+        self._uploaded_bytes = 0
         self._given_back = 0
         self._has_told_of_waiting = False
+
+    def figures(self) -> WorkerFigures:
+        """It as of now, in numbers. On its event loop only."""
+        return WorkerFigures(
+            has_work=self._consumer is not None,
+            slots=self._slots,
+            in_hand=len(self._in_hand),
+            uploaded_bytes=self._uploaded_bytes,
+            downloaded_bytes=self._models.downloaded_bytes,
+        )
 
     def request_stop(self, reason: str = "it was asked to stop") -> None:
         """Finish what is in hand, take nothing new: `run` returns within `grace_s`."""
@@ -187,6 +199,7 @@ class WorkerRuntime:
                     self._consumer, self._has_told_of_waiting = consumer, False
                     await self._receive(consumer)
             except QueueMissing:
+                self._consumer = None
                 if not self._has_told_of_waiting:
                     self._has_told_of_waiting = True
                     self._tell(o.WorkAwaited())
@@ -289,7 +302,10 @@ class WorkerRuntime:
             metrics=trained.metrics,
         )
         async with self._one_upload:
-            await upload.send(self._bus)
+            await upload.send(self._bus, self._note_sent)
+
+    def _note_sent(self, nbytes: int) -> None:
+        self._uploaded_bytes += nbytes
 
     async def _report_failure(self, job: _Job, reason: str) -> None:
         failed = m.TaskFailed(

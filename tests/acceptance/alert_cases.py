@@ -29,7 +29,9 @@ QUIET = {
     "fedbus_event_loop_silence_seconds": "0.4x600",
     'process_resident_memory_bytes{job="j",instance="i"}': "300000000+100000x600",
     'fedbus_build_info{job="j",instance="i"}': "1x600",
-    'fedbus_client_clients{state="waiting"}': "0x600",
+    "fedbus_client_member": "1x600",
+    'fedbus_queue_messages{queue="fedbus.work"}': "40x600",
+    'fedbus_queue_consumers{queue="fedbus.work"}': "3x600",
     "fedbus_client_refusals_total": "0x100 1x500",
     "rabbitmq_process_resident_memory_bytes": "50x600",
     "rabbitmq_resident_memory_limit_bytes": "100x600",
@@ -106,7 +108,16 @@ CASES: list[tuple[str, str, dict[str, str]]] = [
             'fedbus_build_info{job="j",instance="i"}': "1x600",
         },
     ),
-    ("FedbusClientWaits", "15m", {**SERVED, 'fedbus_client_clients{state="waiting"}': "1x30"}),
+    ("FedbusClientWaits", "15m", {**SERVED, "fedbus_client_member": "0x30"}),
+    (
+        "FedbusNoWorkers",
+        "8m",
+        {
+            **SERVED,
+            'fedbus_queue_messages{queue="fedbus.work"}': "40x20",
+            'fedbus_queue_consumers{queue="fedbus.work"}': "0x20",
+        },
+    ),
     ("FedbusClientRefused", "5m", {**SERVED, "fedbus_client_refusals_total": "0 0 5x30"}),
     (
         "FedbusBrokerMemoryHigh",

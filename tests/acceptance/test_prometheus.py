@@ -31,7 +31,7 @@ from tests.unit.test_dashboard import DEPLOY, PANELS, RULES
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
 
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
-CLIENTS = ("a", "b")
+PARTIES = ("server", "client", "worker")
 SELECTOR = re.compile(r"\b(?:fedbus|process|rabbitmq)_[a-z_]+(?:\{[^}]*\})?")
 
 APP = """
@@ -118,10 +118,10 @@ def live(tmp_path_factory: pytest.TempPathFactory, rabbitmq_installed: None) -> 
         shell.env["FEDBUS_BROKER"] = node.url
         found = Live(node=node, broker_metrics_port=free_port(), shell=shell)
         try:
-            found.start("server", "server", "app.py:app")
-            for name in CLIENTS:
-                found.start(name, "client", "app.py:app", "--id", name)
-            for name in ("server", *CLIENTS):
+            found.start("server", "server", "app.py:app", "--virtual-clients", "2")
+            found.start("client", "client", "app.py:app", "--id", "a")
+            found.start("worker", "worker", "app.py:app")
+            for name in PARTIES:
                 found.find(name)
             show_metrics_of(node, found.broker_metrics_port)
             poll(lambda: found.samples("server").get("fedbus_model_version", 0) > 3, 30)
@@ -130,10 +130,10 @@ def live(tmp_path_factory: pytest.TempPathFactory, rabbitmq_installed: None) -> 
             shell.close()
 
 
-def test_server_and_clients_show_their_metrics_and_that_they_are_well(live: Live) -> None:
-    for name, role in (("server", "server"), ("a", "client")):
+def test_server_client_and_worker_show_their_metrics_and_that_they_are_well(live: Live) -> None:
+    for name in PARTIES:
         status, body = live.get(name, "healthz")
-        assert (status, json.loads(body)["status"], json.loads(body)["role"]) == (200, "ok", role)
+        assert (status, json.loads(body)["status"], json.loads(body)["role"]) == (200, "ok", name)
         assert live.get(name, "livez")[0] == 200
         samples = live.samples(name)
         assert samples["fedbus_broker_connected"] == 1
@@ -143,8 +143,9 @@ def test_server_and_clients_show_their_metrics_and_that_they_are_well(live: Live
     assert server[f'fedbus_queue_consumers{{queue="{CONTROL}"}}'] == 1
     assert sum(server[f'fedbus_updates_total{{outcome="{outcome}"}}'] for outcome in ("folded", "late")) > 4
     assert server["fedbus_model_bytes"] == 12
-    assert sum(server[f'fedbus_members{{state="{state}"}}'] for state in ("idle", "busy", "overdue")) == 2
-    assert live.samples("a")['fedbus_client_tasks_total{kind="fit",outcome="completed"}'] > 1
+    assert sum(server[f'fedbus_members{{state="{state}"}}'] for state in ("idle", "busy", "overdue")) == 3
+    for name in ("client", "worker"):
+        assert live.samples(name)['fedbus_tasks_total{kind="fit",outcome="completed"}'] > 1
 
 
 def test_status_tells_the_federation_at_a_glance_again_and_again_until_it_is_stopped(live: Live) -> None:
@@ -154,7 +155,8 @@ def test_status_tells_the_federation_at_a_glance_again_and_again_until_it_is_sto
     assert watching.end() == 0
     looks = [json.loads(line) for line in watching.output.splitlines()]
     found = looks[0]
-    assert sorted(member["client_id"] for member in found["server"]["members"]) == ["a", "b"]
+    names = [member["client_id"] for member in found["server"]["members"]]
+    assert sorted(names) == ["a", "virtual-00000-of-00002", "virtual-00001-of-00002"]
     assert found["server"]["server"]["pid"] == live.terminals["server"].process.pid
     assert found["queues"][CONTROL]["consumers"] == 1
     assert found["broker"]["nodes"] is None  # the node of a test is not that of `fedbus broker start`
@@ -242,7 +244,8 @@ def prometheus(
         "rule_files": [str(ALERTS)],
         "scrape_configs": [
             job("fedbus-server", hosts["server"]),
-            job("fedbus-client", hosts["a"], hosts["b"]),
+            job("fedbus-client", hosts["client"]),
+            job("fedbus-worker", hosts["worker"]),
             job("rabbitmq", f"127.0.0.1:{live.broker_metrics_port}"),
         ],
     }
@@ -310,4 +313,4 @@ def test_without_its_server_the_status_says_so_and_still_shows_the_queues(live: 
     assert done.returncode == 1, done.stderr
     assert "none answers" in done.stdout
     assert re.search(r"^fedbus\.updates +\d+ +0$", done.stdout, re.MULTILINE)
-    assert live.get("a", "healthz")[0] == 200  # a client waits for the next server, and is well
+    assert live.get("client", "healthz")[0] == 200  # a client waits for the next server, and is well

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fedbus.observe.figures import ClientFigures, WorkerFigures
 from fedbus.observe.health import Health
-from fedbus.observe.metrics import ClientMetrics, ServerMetrics
+from fedbus.observe.metrics import ClientMetrics, ServerMetrics, WorkerMetrics
 from tests.unit.test_metrics import figures_of
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -27,10 +28,20 @@ METRIC = re.compile(r"\bfedbus_[a-z_]+")
 
 
 def known_metrics() -> set[str]:
-    """Every name that a server or a client shows, those without a sample yet included."""
-    server, client = ServerMetrics(Health()), ClientMetrics("client", Health())
+    """Every name that a server, a client or a worker shows, those without a sample yet included."""
+    server, client, worker = ServerMetrics(Health()), ClientMetrics(Health()), WorkerMetrics(Health())
     server.figures = lambda: figures_of(1)
-    text = server.text().decode() + client.text().decode()
+    client.figures = lambda: ClientFigures(
+        is_member=True,
+        lease_s=1.0,
+        welcomed_at=1.0,
+        outbox_updates=0,
+        outbox_bytes=0,
+        uploaded_bytes=0,
+        downloaded_bytes=0,
+    )
+    worker.figures = lambda: WorkerFigures(has_work=True, slots=1, in_hand=0, uploaded_bytes=0, downloaded_bytes=0)
+    text = "".join(metrics.text().decode() for metrics in (server, client, worker))
     names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")}
     histograms = {line.split()[2] for line in text.splitlines() if line.endswith(" histogram")}
     return names | {f"{name}_{part}" for name in histograms for part in ("bucket", "sum", "count")}

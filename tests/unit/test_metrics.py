@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import socket
@@ -23,9 +24,9 @@ from fedbus.errors import ConfigError
 from fedbus.observe import events as o
 from fedbus.observe import watch as watch_module
 from fedbus.observe.endpoint import Endpoint, Page, parse_address
-from fedbus.observe.figures import ClientFigures, ServerFigures
+from fedbus.observe.figures import ServerFigures
 from fedbus.observe.health import BEAT_S, BLOCKED_PATIENCE_S, LOOP_PATIENCE_S, Health
-from fedbus.observe.metrics import ClientMetrics, ServerMetrics
+from fedbus.observe.metrics import ClientMetrics, ServerMetrics, WorkerMetrics
 from fedbus.observe.watch import watching
 from fedbus.rounds.commands import MemberLost
 from fedbus.types import Array, Scalar
@@ -119,22 +120,22 @@ async def test_a_client_counts_its_tasks_its_receipts_and_its_bytes() -> None:
         await story.run("c1", "c2", "c3")
         texts = {}
         for name, client in story.clients.items():
-            metrics = ClientMetrics("client", Health())
+            metrics = ClientMetrics(Health())
             for event in story.events:
                 if getattr(event, "client_id", "") == name and type(event).__module__ == o.__name__:
                     metrics.observe(event)
             figures = client.figures()
-            metrics.figures = functools.partial(list, [figures])
+            metrics.figures = functools.partial(dataclasses.replace, figures)
             texts[name] = metrics.text().decode()
-    completed = 'fedbus_client_tasks_total{kind="fit",outcome="completed"}'
+    completed = 'fedbus_tasks_total{kind="fit",outcome="completed"}'
     assert [value(texts[name], completed) for name in ("c1", "c2", "c3")] == [3, 3, 2]
-    assert value(texts["c3"], 'fedbus_client_tasks_total{kind="fit",outcome="failed"}') == 1
+    assert value(texts["c3"], 'fedbus_tasks_total{kind="fit",outcome="failed"}') == 1
     assert value(texts["c2"], "fedbus_client_refusals_total") == 1
     assert value(texts["c1"], "fedbus_client_receipts_total") == 3
-    assert value(texts["c1"], 'fedbus_client_task_seconds_count{kind="fit"}') == 3
-    assert value(texts["c1"], "fedbus_client_uploaded_bytes_total") > 3 * 12
-    assert value(texts["c1"], "fedbus_client_downloaded_bytes_total") > 3 * 12
-    assert value(texts["c1"], 'fedbus_client_clients{state="member"}') == 1
+    assert value(texts["c1"], 'fedbus_task_seconds_count{kind="fit"}') == 3
+    assert value(texts["c1"], "fedbus_uploaded_bytes_total") > 3 * 12
+    assert value(texts["c1"], "fedbus_downloaded_bytes_total") > 3 * 12
+    assert value(texts["c1"], "fedbus_client_member") == 1
     assert value(texts["c1"], "fedbus_client_lease_seconds") == 2.0
     assert value(texts["c1"], "fedbus_client_last_welcome_timestamp_seconds") == pytest.approx(time.time(), abs=60)
 
@@ -199,24 +200,39 @@ def test_users_have_labels_up_to_a_limit_and_nobody_else_has() -> None:
 
 
 def test_a_client_that_gets_nonsense_counts_it_without_its_own_name() -> None:
-    metrics = ClientMetrics("client", Health())
+    metrics = ClientMetrics(Health())
     metrics.observe(o.MessageRejected(queue="fedbus.inbox.hospital-a", reason=""))
     text = metrics.text().decode()
     assert value(text, 'fedbus_messages_rejected_total{queue="fedbus.inbox",user="none"}') == 1
 
 
-def test_a_worker_shows_the_sums_of_its_clients() -> None:
-    def one(**fields: Any) -> ClientFigures:
-        zero = {"outbox_updates": 0, "outbox_bytes": 0, "uploaded_bytes": 0, "downloaded_bytes": 0}
-        return ClientFigures(**{"is_member": True, "lease_s": 20.0, "welcomed_at": 5.0, **zero, **fields})
+async def test_a_worker_counts_the_tasks_of_whomever_it_plays() -> None:
+    app = app_of(rounds={"num_rounds": 2, "min_fit_clients": 3, "fraction_evaluate": 0})
+    async with federation(app) as story:
+        metrics, server = WorkerMetrics(Health()), ServerMetrics(Health())
+        assert "fedbus_worker_slots " not in metrics.text().decode()
+        serving = story.start_server(virtual_clients=3)
+        working = story.start_worker("w1", slots=2)
+        assert (await serving).updates == 6
+        metrics.figures = story.workers["w1"].figures
+        story.workers["w1"].request_stop()
+        assert await working == 6
+        for event in story.events:
+            metrics.observe(event)
+            server.observe(event)
+        text = metrics.text().decode()
+    assert value(text, 'fedbus_tasks_total{kind="fit",outcome="completed"}') == 6
+    assert value(text, "fedbus_uploaded_bytes_total") > 6 * 12
+    assert value(text, "fedbus_downloaded_bytes_total") > 2 * 12
+    assert [value(text, f"fedbus_worker_{name}") for name in ("has_work", "slots", "tasks_in_hand")] == [1, 2, 0]
+    assert "virtual-" not in text
+    assert value(server.text().decode(), 'fedbus_updates_total{outcome="folded"}') == 6
 
-    metrics = ClientMetrics("worker", Health())
-    assert value(metrics.text().decode(), 'fedbus_client_clients{state="member"}') == 0
-    metrics.figures = lambda: [one(uploaded_bytes=7), one(uploaded_bytes=5, is_member=False, welcomed_at=0.0)]
-    text = metrics.text().decode()
-    assert value(text, "fedbus_client_uploaded_bytes_total") == 12
-    assert value(text, 'fedbus_client_clients{state="waiting"}') == 1
-    assert value(text, "fedbus_client_last_welcome_timestamp_seconds") == 5.0
+
+def test_the_workers_that_the_server_counts_are_told() -> None:
+    metrics = ServerMetrics(Health())
+    metrics.observe(o.WorkersCounted(workers=7))
+    assert value(metrics.text().decode(), "fedbus_workers") == 7
 
 
 async def test_staged_bytes_and_slots_show_what_lies_in_memory() -> None:

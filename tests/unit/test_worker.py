@@ -159,11 +159,11 @@ async def test_a_model_of_many_parts_comes_whole_and_updates_go_out_one_at_a_tim
     at_once, most = 0, 0
     send = Upload.send
 
-    async def counted(upload: Upload, bus: Any) -> None:
+    async def counted(upload: Upload, bus: Any, *rest: Any) -> None:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
-        await send(upload, bus)
+        await send(upload, bus, *rest)
         at_once -= 1
 
     monkeypatch.setattr(Upload, "send", counted)
