@@ -75,7 +75,10 @@ class Metrics:
             registry=registry,
         )
         self._depth = Gauge(
-            "fedbus_queue_messages", "Messages that wait in a queue; 0 for a stream.", ("queue",), registry=registry
+            "fedbus_queue_messages",
+            "Messages that wait in a queue; of a stream roughly what it keeps.",
+            ("queue",),
+            registry=registry,
         )
         self._consumers = Gauge("fedbus_queue_consumers", "Who reads a queue.", ("queue",), registry=registry)
         registry.register(_Reading(self._read))
