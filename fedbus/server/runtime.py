@@ -98,7 +98,8 @@ _SMALL_BYTES = 4 << 20
 _NOTES_EVERY_S = 0.2
 _STATUS_S = 10.0
 """How long an answer to `fedbus status` is of use."""
-_STATUS_SERVES_S = 0.25
+_STATUS_SHARE = 0.05
+"""Of the time: an answer serves all who ask until it has cost no more, however many ask and however many are in."""
 _REPLY_TO = re.compile(r"reply\.[0-9a-f]{32}")
 _ASYNCHRONOUS_VERSIONS = 32
 """What the stream keeps where a version may be made of each update: so many come while somebody fetches one."""
@@ -202,7 +203,7 @@ class Server:
         # At most one evaluation waits: a slow evaluate_fn slows the rounds down instead of piling up models.
         self._central: asyncio.Queue[tuple[int, dict[str, Array]]] = asyncio.Queue(1)
         self._questions: asyncio.Queue[str] = asyncio.Queue(64)  # where their answers go
-        self._last_status = -math.inf, b""  # with the time when it was made
+        self._last_status = -math.inf, b""  # until when it serves, and what it is
         self._made_at = now()
         self._sending: set[asyncio.Task[None]] = set()
         self._user_thread: Caller = caller or UserThread("fedbus-evaluate")
@@ -614,9 +615,9 @@ class Server:
                 await self._bus.publish(TASKS, reply_to, body, expires_s=_STATUS_S, timeout_s=_STATUS_S)
 
     async def _status(self, engine: Engine) -> bytes:
-        """A `Status` as of a moment ago: questions cost no more than a few looks a second, however many come."""
-        made_at, body = self._last_status
-        if now() - made_at < _STATUS_SERVES_S:
+        """A `Status` as of a moment ago."""
+        serves_until, body = self._last_status
+        if (began_at := now()) < serves_until:
             return body
         figures = self.figures()
         assert figures is not None, "who answers has an engine"
@@ -631,8 +632,9 @@ class Server:
             uptime_s=round(now() - self._made_at, 3),
         )
         payload = await asyncio.to_thread(as_json, status)
-        self._last_status = now(), encode(m.Status(run_id=self._run_id, payload=payload))
-        return self._last_status[1]
+        body = encode(m.Status(run_id=self._run_id, payload=payload))
+        self._last_status = now() + (now() - began_at) / _STATUS_SHARE, body
+        return body
 
     def _grant(self, client_id: str, task_id: str) -> None:
         grant = m.UploadGrant(task_id=task_id, run_id=self._run_id, epoch=self._epoch)

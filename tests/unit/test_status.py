@@ -129,7 +129,7 @@ async def test_a_flood_of_questions_is_answered_out_of_one_look(monkeypatch: pyt
         return as_json(status)
 
     monkeypatch.setattr("fedbus.server.runtime.as_json", counted)
-    monkeypatch.setattr("fedbus.server.runtime._STATUS_SERVES_S", 3600.0)
+    monkeypatch.setattr("fedbus.server.runtime._STATUS_SHARE", 1e-9)
     async with waiting_server() as story:
         asker = story.connect("server")
         answers = await asyncio.gather(*(ask_server(asker) for _ in range(30)))
