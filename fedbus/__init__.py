@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fedbus.api import start_worker as start_worker
     from fedbus.api import work as work
     from fedbus.app import App as App
+    from fedbus.bus.access import Access as Access
+    from fedbus.bus.bundle import Bundle as Bundle
     from fedbus.config import Constant as Constant
     from fedbus.config import Hinge as Hinge
     from fedbus.config import Oort as Oort
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from fedbus.types import FitResult as FitResult
 
 _HOMES = {
+    "Access": "bus.access",
+    "Bundle": "bus.bundle",
     "Uniform": "config",
     "Tiers": "config",
     "Polynomial": "config",

@@ -302,7 +302,13 @@ class RabbitMQBus(Bus):
     async def declare(self, topology: Topology, *, remember: bool = True) -> None:
         for exchange in topology.exchanges:
             async with self._channel(f"declaring exchange {exchange.name}") as channel:
-                await channel.exchange_declare(exchange.name, exchange_type=exchange.kind, durable=True)
+                try:
+                    await channel.exchange_declare(exchange.name, exchange_type=exchange.kind, durable=True)
+                except amqp.ChannelPreconditionFailed as exc:
+                    raise QueueMismatch(
+                        f"the broker holds an exchange of another version of fedbus ({_reason(exc)}): delete the vhost, "
+                        "or take a fresh one"
+                    ) from exc
         for queue in topology.queues:
             async with self._channel(f"declaring queue {queue.name}") as channel:
                 await channel.queue_declare(queue.name, durable=True, arguments=_queue_arguments(queue))

@@ -376,6 +376,8 @@ class Server:
             await self._bus.declare(ingress(update_queue, message_queues))
             await self._virtual.declare()
         except QueueMismatch as exc:
+            if "exchange" in str(exc):
+                raise
             raise QueueMismatch(
                 f"{exc} (the app says update_queue={update_queue!r}, the kind of {UPDATES}, and message_queues="
                 f"{message_queues!r}, that of the others: set them to what is there, or delete the queue)"
