@@ -110,6 +110,7 @@ class WorkerRuntime:
         self._consumer: Consumer | None = None
         self._waiting: asyncio.Queue[_Job] = asyncio.Queue()
         self._in_hand: dict[str, _Job] = {}  # task_id -> waiting, or being worked on
+        self._unsettled = 0
         self._at_work = asyncio.Event()
         self._at_rest = asyncio.Event()
         self._at_rest.set()
@@ -168,8 +169,9 @@ class WorkerRuntime:
 
     async def _finish(self) -> None:
         while not self._waiting.empty():
-            self._let_go(self._waiting.get_nowait())
+            del self._in_hand[self._waiting.get_nowait().task.task_id]
             self._given_back += 1
+            self._note_settled()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._grace_s):
                 await self._at_rest.wait()
@@ -226,12 +228,13 @@ class WorkerRuntime:
         job = _Job(task=task, context=_context_of(delivery), consumer=consumer, deliveries=[delivery])
         self._in_hand[task.task_id] = job
         self._waiting.put_nowait(job)
+        self._unsettled += 1
         self._at_rest.clear()
         self._at_work.set()
 
-    def _let_go(self, job: _Job) -> None:
-        del self._in_hand[job.task.task_id]
-        if not self._in_hand:
+    def _note_settled(self) -> None:
+        self._unsettled -= 1
+        if not self._unsettled:
             self._at_work.clear()
             self._at_rest.set()
 
@@ -244,9 +247,10 @@ class WorkerRuntime:
             while True:
                 job = await self._waiting.get()
                 await self._answer(job, caller)
-                self._let_go(job)
-                if job.consumer is self._consumer:  # else the queue was deleted: there is nothing to settle
+                del self._in_hand[job.task.task_id]  # a copy that comes from now on is a question of its own
+                if job.consumer is self._consumer:  # else the queue was deleted, and the task with it
                     await job.consumer.ack(*job.deliveries)
+                self._note_settled()
                 del job
         finally:
             caller.close()

@@ -20,7 +20,7 @@ from fedbus.api import join
 from fedbus.app import App
 from fedbus.bus.base import QueueState
 from fedbus.bus.memory import MemoryBroker, MemoryBus
-from fedbus.bus.topology import CONTROL, DEAD, JOBS, UPDATES, WORK, work_queue
+from fedbus.bus.topology import CONTROL, DEAD, JOBS, TASKS, UPDATES, WORK, ingress, work_queue
 from fedbus.client.reader import ModelReader, Place
 from fedbus.client.upload import Upload
 from fedbus.config import parse_virtual_id, virtual_id
@@ -28,6 +28,7 @@ from fedbus.errors import ConfigError
 from fedbus.observe import events as o
 from fedbus.server.history import History
 from fedbus.server.publisher import ModelPublisher
+from fedbus.server.slots import EAGER_BYTES
 from fedbus.training.base import ClientContext, NumPyClient
 from fedbus.types import Array, Scalar
 from fedbus.wire import messages as m
@@ -119,21 +120,37 @@ async def test_real_clients_take_part_beside_virtual_ones() -> None:
 async def test_nothing_but_tasks_goes_into_the_queue_of_work_and_each_task_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sent: Counter[tuple[str, str]] = Counter()
-    publish = MemoryBroker._publish
-
-    def noting(broker: MemoryBroker, exchange: str, routing_key: str, body: bytes, *rest: Any) -> int:
-        if exchange in (JOBS, "fedbus.tasks"):
-            message = decode(body)
-            sent[exchange, getattr(message, "task_id", type(message).__name__)] += 1
-        return publish(broker, exchange, routing_key, body, *rest)
-
-    monkeypatch.setattr(MemoryBroker, "_publish", noting)
+    sent = noted_sends(monkeypatch)
     app = app_of(AddingPart, rounds={"num_rounds": 2, "min_fit_clients": 2})
     async with federation(app) as story:
         history = await served(story, 2)
     kinds = itertools.product(("fit", "evaluate"), (1, 2), virtual(2))
-    assert sent == {(JOBS, f"{history.run_id}/{kind}/{n}/{client}"): 1 for kind, n, client in kinds}
+    assert Counter((exchange, getattr(message, "task_id", type(message).__name__)) for exchange, message in sent) == {
+        (JOBS, f"{history.run_id}/{kind}/{n}/{client}"): 1 for kind, n, client in kinds
+    }
+
+
+def noted_sends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, m.Message]]:
+    """What the server says to clients and workers from now on, and through which exchange."""
+    sent: list[tuple[str, m.Message]] = []
+    publish = MemoryBroker._publish
+
+    def noting(broker: MemoryBroker, exchange: str, routing_key: str, body: bytes, *rest: Any) -> int:
+        if exchange in (JOBS, TASKS):
+            sent.append((exchange, decode(body)))
+        return publish(broker, exchange, routing_key, body, *rest)
+
+    monkeypatch.setattr(MemoryBroker, "_publish", noting)
+    return sent
+
+
+async def test_what_real_clients_may_send_unasked_is_shared_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = noted_sends(monkeypatch)
+    app = app_of(AddingPart, rounds={"num_rounds": 1, "min_fit_clients": 8, "min_available_clients": 8})
+    async with federation(app) as story:
+        story.start_client("hospital")
+        assert (await served(story, 7)).updates == 8
+    assert {message.eager_bytes for _, message in sent if isinstance(message, m.FitTask)} == {EAGER_BYTES}
 
 
 async def test_federated_evaluation_is_done_by_virtual_clients_too() -> None:
@@ -178,14 +195,7 @@ async def test_a_model_of_many_parts_comes_whole_and_updates_go_out_one_at_a_tim
 
 
 async def test_each_version_is_fetched_once_however_many_slots_work_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched: list[int] = []
-    fetch = ModelReader._fetch
-
-    async def noting(reader: ModelReader, place: Place) -> dict[str, Array]:
-        fetched.append(place.version)
-        return await fetch(reader, place)
-
-    monkeypatch.setattr(ModelReader, "_fetch", noting)
+    fetched = noted_fetches(monkeypatch)
     app = app_of(AddingPart, rounds={"num_rounds": 3, "min_fit_clients": 6})
     async with federation(app) as story:
         serving = story.start_server(virtual_clients=6)
@@ -471,6 +481,17 @@ async def test_a_task_whose_update_would_be_refused_costs_no_training_and_frees_
     assert story.told(o.UpdateRefused) == []
 
 
+async def test_virtual_clients_that_nobody_plays_are_freed_of_late_tasks_and_leave_none_behind() -> None:
+    rounds = {"num_rounds": 3, "min_fit_clients": 1, "over_selection": 3.0, "max_staleness": 0, "fraction_evaluate": 0}
+    async with federation(app_of(AddingPart, rounds={**rounds, "min_available_clients": 3})) as story:
+        serving = story.start_server(virtual_clients=2)
+        await story.start_client("hospital")
+        history = await serving
+        assert story.broker.depth(WORK) == 0
+    assert [sorted(record.cohort) for record in history.rounds] == [["hospital", *virtual(2)]] * 3
+    assert [record.clients for record in history.rounds] == [{"hospital"}] * 3
+
+
 def fit_task(run_id: str, version: int, epoch: int = 1) -> m.FitTask:
     return m.FitTask(
         task_id=f"{run_id}/fit/{version + 1}/{virtual_id(0, 1)}",
@@ -481,7 +502,7 @@ def fit_task(run_id: str, version: int, epoch: int = 1) -> m.FitTask:
         offset=0,
         timeout_s=10.0,
         eager_bytes=0,
-        config={},
+        config={"round": version + 1},
         receipt_task_id="",
         receipt_round=0,
         receipt_staleness=0,
@@ -515,16 +536,59 @@ async def test_a_run_that_has_just_begun_is_not_taken_for_one_that_is_over() -> 
     assert await horizon.why_unwanted(fit_task("new", 0)) is None  # although it has just looked
 
 
-async def test_models_that_slots_have_in_hand_are_not_fetched_again() -> None:
+async def test_models_that_slots_have_in_hand_are_not_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     broker = MemoryBroker()
     await publish(broker, "run", 0)
     await publish(broker, "run", 1)
+    fetched = noted_fetches(monkeypatch)
     models = Models(broker.connect("worker"))
-    places = [Place(run_id="run", epoch=1, version=version, offset=version) for version in (0, 1)]
-    old, new = [await models.read(place) for place in places]
-    assert [await models.read(place) for place in places] == [old, new]
-    assert await models.read(places[0]) is old
+    places = [Place(run_id="run", epoch=1, version=version, offset=version) for version in (0, 1, 2)]
+    old, new, again = await asyncio.gather(*(models.read(places[version]) for version in (0, 1, 0)))
+    assert old is again
+    hanging = asyncio.create_task(models.read(places[2]))  # nobody has published it
+    await asyncio.to_thread(wait_for, lambda: fetched == [0, 1, 2])
+    async with asyncio.timeout(5):
+        assert [await models.read(place) for place in places[:2]] == [old, new]
+    hanging.cancel()
+    await asyncio.wait([hanging])
     await models.close()
+    assert fetched == [0, 1, 2]
+
+
+def noted_fetches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The versions that are fetched from now on."""
+    fetched: list[int] = []
+    fetch = ModelReader._fetch
+
+    async def noting(reader: ModelReader, place: Place) -> dict[str, Array]:
+        fetched.append(place.version)
+        return await fetch(reader, place)
+
+    monkeypatch.setattr(ModelReader, "_fetch", noting)
+    return fetched
+
+
+@pytest.mark.parametrize("is_made_anew", [True, False])
+async def test_a_task_in_hand_whose_queue_was_deleted_is_answered_and_the_worker_goes_on(is_made_anew: bool) -> None:
+    gate = Gate()
+    async with federation(app_of(gate.client_fn)) as story:
+        bus = story.broker.connect("server")
+        await bus.declare(ingress())
+        await bus.declare(work_queue())
+        await publish(story.broker, "run", 0)
+        story.start_worker("w1")
+        await bus.publish(JOBS, virtual_id(0, 1), encode(fit_task("run", 0)))
+        await story.until(o.TaskStarted)
+        await bus.delete_queue(WORK)
+        await story.until(o.WorkAwaited)
+        if is_made_anew:
+            await bus.declare(work_queue())
+            await asyncio.to_thread(wait_for, lambda: story.broker._queue(WORK).consumers)
+        gate.open()
+        await story.until(o.TaskCompleted)
+        await bus.declare(work_queue())
+        await bus.publish(JOBS, virtual_id(0, 1), encode(fit_task("run", 0)))
+        await story.until(o.TaskCompleted, 2)
 
 
 # ---- coming and going ------------------------------------------------------------------------------------------------
@@ -588,6 +652,31 @@ async def test_a_worker_that_is_stopped_finishes_what_it_has_in_hand_and_takes_n
         story.start_worker("w2")
         check_whole(story, await serving, virtual(3), 1)
     assert len(story.told(o.TaskStarted)) == 3
+
+
+async def test_a_slot_that_is_free_while_another_finishes_takes_nothing_new() -> None:
+    last, others = threading.Event(), threading.Event()
+    begun: list[str] = []
+
+    class Waiting(AddingPart):
+        def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> Any:
+            begun.append(self.context.client_id)
+            (others if len(begun) == 1 else last).wait(20)
+            return super().fit(parameters, config)
+
+    app = app_of(Waiting, rounds={"num_rounds": 1, "min_fit_clients": 4, "fraction_evaluate": 0})
+    async with federation(app) as story:
+        serving = story.start_server(virtual_clients=4)
+        leaving = story.start_worker("w1", slots=2)
+        await asyncio.to_thread(wait_for, lambda: len(begun) == 2)
+        story.workers["w1"].request_stop()
+        others.set()
+        await asyncio.to_thread(wait_for, lambda: story.broker.depth(WORK) == 1)  # one more lies with the worker
+        last.set()
+        assert await leaving == 2
+        assert story.broker.depth(WORK) == 2
+        story.start_worker("w2")
+        check_whole(story, await serving, virtual(4), 1)
 
 
 async def test_what_a_stopped_worker_cannot_finish_in_time_is_given_back_and_it_is_told() -> None:
