@@ -306,8 +306,8 @@ class RabbitMQBus(Bus):
                     await channel.exchange_declare(exchange.name, exchange_type=exchange.kind, durable=True)
                 except amqp.ChannelPreconditionFailed as exc:
                     raise QueueMismatch(
-                        f"the broker holds an exchange of another version of fedbus ({_reason(exc)}): delete the vhost, "
-                        "or take a fresh one"
+                        f"the broker holds an exchange of another version of fedbus ({_reason(exc)}): delete the "
+                        "vhost, or take a fresh one"
                     ) from exc
         for queue in topology.queues:
             async with self._channel(f"declaring queue {queue.name}") as channel:
