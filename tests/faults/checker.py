@@ -75,11 +75,12 @@ def check(settings: Settings, *, run_dir: Path, client_logs: list[Path], sha_exp
     attempts = _attempts(Path(settings.journal))
     attempted = {element for element, _ in attempts}
     acknowledged = {element for log in client_logs for element in _receipts(log)}
-    ledger = _in_ledger(run_dir)
+    ledger = folded_in_ledger(run_dir)
     history = _in_history(run_dir)
-    due = {(client_id, round) for client_id in settings.client_ids for round in range(1, settings.rounds + 1)}
+    everybody = () if settings.needed else settings.client_ids  # else nobody can tell who had to be in a round
+    due = {(client_id, round) for client_id in everybody for round in range(1, settings.rounds + 1)}
     return Verdict(
-        rounds=_rounds_in_ledger(run_dir),
+        rounds=rounds_in_ledger(run_dir),
         rounds_expected=settings.rounds,
         attempts=len(attempts),
         attempted=len(attempted),
@@ -126,12 +127,14 @@ def _receipts(log: Path) -> Iterator[Element]:
             yield line["client_id"], line["round"] - line["staleness"]
 
 
-def _in_ledger(run_dir: Path) -> Counter[Element]:
+def folded_in_ledger(run_dir: Path) -> Counter[Element]:
+    """How often each update is in the ledger."""
     rows = _query(run_dir, "SELECT task_id, client_id FROM folded")
     return Counter((client_id, int(task_id.split("/")[2])) for task_id, client_id in rows)
 
 
-def _rounds_in_ledger(run_dir: Path) -> int:
+def rounds_in_ledger(run_dir: Path) -> int:
+    """How many rounds are committed."""
     return len({round for (round,) in _query(run_dir, "SELECT round FROM rounds") if round > 0})
 
 

@@ -19,7 +19,7 @@ from tests.faults.checker import Verdict, check, json_lines
 SERVER = "server"
 _APP = f"{Path(adding_app.__file__).resolve()}:app"
 _ROOT = Path(__file__).resolve().parents[2]
-_FEDBUS = Path(sys.executable).with_name("fedbus")
+FEDBUS = Path(sys.executable).with_name("fedbus")
 _POLL_S = 0.002
 PROGRESS = frozenset({"round_opened", "update_folded", "round_closed"})
 
@@ -107,16 +107,24 @@ class Fleet:
             command = ["server", _APP, "--run-dir", str(self.run_dir), *["--resume"] * self._resume]
         else:
             command = ["client", _APP, "--id", name]
-        program = [sys.executable, "-m", "tests.faults.victim", fault] if fault else [str(_FEDBUS)]
+        program = [sys.executable, "-m", "tests.faults.victim", fault] if fault else [str(FEDBUS)]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [*program, *command, "--broker", self.broker, "--log-json", "--debug"],
+                self.command(name, *program, *command, *self.access(name), "--log-json", "--debug"),
                 env=self._env,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+
+    def command(self, name: str, *arguments: str) -> list[str]:
+        """The command line that runs `arguments` where the process `name` belongs: here."""
+        return list(arguments)
+
+    def access(self, name: str) -> list[str]:
+        """The options that lead the process `name` to the broker."""
+        return ["--broker", self.broker]
 
     def kill(self, name: str) -> None:
         """SIGKILL, and reap."""
