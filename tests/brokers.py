@@ -28,6 +28,7 @@ class MemoryAdmin(Admin):
         self.fails = False
         self.open: list[OpenConnection] = []
         self.closed: list[tuple[str, str]] = []
+        self.deleted_queues: list[tuple[str, str]] = []
         self._entries: dict[str, dict[tuple[str, ...], dict[str, Any]]] = {category: {} for category in _KEYS}
 
     def definitions(self) -> dict[str, Any]:
@@ -48,6 +49,9 @@ class MemoryAdmin(Admin):
             kept = {key: entry for key, entry in self._entries[category].items() if entry["user"] != user}
             self._entries[category] = kept
         self.open = [connection for connection in self.open if connection.user != user]
+
+    def delete_queue(self, vhost: str, queue: str) -> None:
+        self.deleted_queues.append((vhost, queue))
 
     def connections(self) -> list[OpenConnection]:
         return list(self.open)

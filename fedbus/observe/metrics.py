@@ -220,7 +220,7 @@ class ServerMetrics(Metrics):
             self._closed.labels(reason)
         for outcome in _OUTCOMES:
             self._updates.labels(outcome)
-        for cause in ("left", "lease", "unreachable"):
+        for cause in ("left", "lease", "unreachable", "expelled"):
             self._losses.labels(cause)
         for where in ("central", "federated"):
             self._evaluations_failed.labels(where)

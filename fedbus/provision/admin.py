@@ -60,6 +60,10 @@ class Admin(ABC):
         """Delete a user with its permissions; the broker closes its connections at once. No error when it is gone."""
 
     @abstractmethod
+    def delete_queue(self, vhost: str, queue: str) -> None:
+        """Delete a queue with what is in it. No error when it is gone."""
+
+    @abstractmethod
     def connections(self) -> list[OpenConnection]:
         """Who is connected."""
 
@@ -102,6 +106,13 @@ class Rabbitmqctl(Admin):
             self._call(("delete_user", user), "")
         except BrokerError:
             if any(each["name"] == user for each in self.definitions()["users"]):
+                raise
+
+    def delete_queue(self, vhost: str, queue: str) -> None:
+        try:
+            self._call(("delete_queue", "--vhost", vhost, queue), "")
+        except BrokerError as exc:
+            if "No such queue" not in str(exc):
                 raise
 
     def connections(self) -> list[OpenConnection]:
@@ -152,6 +163,9 @@ class ManagementApi(Admin):
 
     def delete_user(self, user: str) -> None:
         self._ask("DELETE", f"users/{quote(user, safe='')}", is_missing_fine=True)
+
+    def delete_queue(self, vhost: str, queue: str) -> None:
+        self._ask("DELETE", f"queues/{quote(vhost, safe='')}/{quote(queue, safe='')}", is_missing_fine=True)
 
     def connections(self) -> list[OpenConnection]:
         listing = self._ask("GET", "connections?columns=user,vhost,name")

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from fedbus.bus.access import Access
 from fedbus.bus.bundle import Bundle
+from fedbus.bus.topology import inbox
 from fedbus.errors import ConfigError
 from fedbus.provision.admin import Admin, password_hash
 from fedbus.provision.authority import USER_DAYS, Authority
@@ -165,7 +166,8 @@ def rotate(desk: Desk, federation: str, who: Sequence[str], *, folder: Path, day
 def revoke(desk: Desk, federation: str, who: Sequence[str]) -> list[str]:
     """Turn members out, at once and for good; returns their broker users.
 
-    Their certificates log nobody in any more: the user whom they name is gone, and its name is not given again.
+    Their certificates log nobody in any more: the user whom they name is gone, and its name is not given again. The
+    inboxes of clients go with them: that tells the server, which refuses what they have under way.
     """
     check_federation(federation)
     if not who:
@@ -174,6 +176,9 @@ def revoke(desk: Desk, federation: str, who: Sequence[str]) -> list[str]:
         known = desk.admin.definitions()
         there = _members_of(known, federation, who)
         _turn_out(desk, records, _all_of(known, there), "its rights were revoked")
+        for user in there.values():
+            if user.client_id is not None:
+                desk.admin.delete_queue(federation, inbox(user.client_id))
     return [user.name for user in there.values()]
 
 

@@ -67,6 +67,14 @@ class CancelTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GiveUpUploads:
+    """Refuse, because of `reason`, what of this client's updates is on its way."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SendEvaluateTask:
     client_id: str
     task_id: str
@@ -160,8 +168,9 @@ class EndRun:
     reason: str
 
 
-LossCause: TypeAlias = Literal["left", "lease", "unreachable"]
-"""Why a member is one no more: it said goodbye; was silent for its lease; the broker knows that nobody is there."""
+LossCause: TypeAlias = Literal["left", "lease", "unreachable", "expelled"]
+"""Why a member is one no more: it said goodbye; was silent for its lease; the broker knows that nobody is there; its
+rights were revoked."""
 
 
 # ---- notices ---------------------------------------------------------------------------------------------------------
@@ -241,6 +250,7 @@ Command: TypeAlias = (
     | AdoptParameters
     | SendFitTask
     | CancelTask
+    | GiveUpUploads
     | SendEvaluateTask
     | Fold
     | Settle

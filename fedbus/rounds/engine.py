@@ -326,6 +326,8 @@ class Engine:
                 member = self._members.get(event.client_id)
                 if member is not None:
                     self._lose(member, event.reason, "unreachable")
+            case e.ClientExpelled():
+                self._expel(event)
             case e.ClientUnreachable():
                 self._unreachable(event)
             case e.EvaluateReported():
@@ -553,6 +555,25 @@ class Engine:
             self._round.lost[member.client_id] = None
             self._round.working.discard(member.client_id)
         if refill:
+            self._grow_cohort()
+
+    def _expel(self, event: e.ClientExpelled) -> None:
+        """Its updates that are folded stay in: they came whole from somebody who was let in then."""
+        client_id, reason = event.client_id, event.reason
+        member = self._members.get(client_id)
+        if member is not None:
+            self._lose(member, reason, "expelled", refill=False)
+        for held in [held for held in self._held if held.client_id == client_id]:
+            self._held.remove(held)
+            self._settle(held, Outcome.REFUSED, reason)
+        open_states = (TaskState.WORKING, TaskState.LOST, TaskState.HELD)
+        for task_id, task in self._tasks.items():
+            if task.client_id == client_id and task.state in open_states:
+                task.state, task.failure, task.refusal = TaskState.FAILED, reason, reason
+                self._out.append(c.FitFailed(client_id=client_id, task_id=task_id, round=task.round, reason=reason))
+                self._note_failed_in_round(task_id, task)
+        self._out.append(c.GiveUpUploads(client_id=client_id, reason=reason))
+        if self._phase is Phase.OPEN:
             self._grow_cohort()
 
     # ---- the initial model ---------------------------------------------------------------------------------------
@@ -917,13 +938,17 @@ class Engine:
         member = self._members.get(task.client_id)
         if member is not None and member.fit_task == task_id:
             self._members.free(member)
+        if self._phase is Phase.OPEN:
+            self._note_failed_in_round(task_id, task)
+            self._grow_cohort()
+
+    def _note_failed_in_round(self, task_id: str, task: _Task) -> None:
         if self._round is None or self._phase is not Phase.OPEN:
             return
         if self._round.cohort.get(task.client_id) == task_id:
             self._round.lost.pop(task.client_id, None)
             self._round.working.discard(task.client_id)
-            self._round.failed[task.client_id] = reason
-        self._grow_cohort()
+            self._round.failed[task.client_id] = task.failure
 
     # ---- a round closes ------------------------------------------------------------------------------------------
 

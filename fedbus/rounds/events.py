@@ -86,6 +86,14 @@ class ClientLost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientExpelled:
+    """The client was turned out: nothing counts of what it has under way, whatever of it may still come."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientUnreachable:
     """The connection of this client has been gone for a while; it may be back before its lease ends.
 
@@ -151,6 +159,7 @@ Event: TypeAlias = (
     | UpdateInvalid
     | TaskFailed
     | ClientLost
+    | ClientExpelled
     | ClientUnreachable
     | EvaluateReported
     | RoundCommitted

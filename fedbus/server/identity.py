@@ -34,6 +34,11 @@ class Identity:
         self._worker = f"{self._prefix}{_WORKER}"
         self._virtual_clients = virtual_clients
 
+    @property
+    def is_provisioned(self) -> bool:
+        """Whether the server's user is called as provisioning calls it: then clients have users of their own."""
+        return bool(self._prefix)
+
     def check_ours(self, delivery: Delivery) -> None:
         """Raise `DecodeError` unless the server's own user sent it."""
         self._check_told(delivery)

@@ -196,6 +196,12 @@ class UpdateIntake:
             if transfer != but:
                 await self._consumer.ack(*self._staging.abort(transfer))
 
+    def give_up_client(self, client_id: str, reason: str) -> None:
+        """Refuse what this client has under way."""
+        self.slots.release_client(client_id)
+        for transfer in self._staging.of_client(client_id):
+            self._report_invalid(self._staging.give_up(transfer), reason)
+
     async def look_after_stalled(self) -> None:
         """Now and then: give up uploads whose sender is gone, and ask again for those whose sender lives."""
         while True:

@@ -53,6 +53,7 @@ class Presence:
         bus: whom to ask.
         engine: knows who is at work, and up to when everything that clients said was heard.
         put: takes what is to be told to the engine.
+        inbox_gone: called with the name of a client at work that has no inbox any more.
         ask_for_echo: makes a word to ourselves go out now.
         every_s: seconds between two looks at the same client, more with many; one whose connection is gone for three
             times as long is told to be unreachable.
@@ -66,6 +67,7 @@ class Presence:
         engine: Engine,
         *,
         put: Callable[[e.Event], None],
+        inbox_gone: Callable[[str], None],
         ask_for_echo: Callable[[], None],
         every_s: float,
         grace_s: float,
@@ -74,6 +76,7 @@ class Presence:
         self._bus = bus
         self._engine = engine
         self._put = put
+        self._inbox_gone = inbox_gone
         self._ask_for_echo = ask_for_echo
         self._every_s = every_s
         self._grace_s = grace_s
@@ -144,7 +147,7 @@ class Presence:
                 self._ask_for_echo()
             case "no inbox" if last == "no inbox":
                 del self._watches[client_id]
-                self._put(e.ClientLost(client_id=client_id, reason="its inbox is gone"))
+                self._inbox_gone(client_id)
             case _ if now() - watch.gone_since >= _PATIENCE_LOOKS * self._every_s:
                 self._blame_if_heard(client_id, watch, watch.gone_since)
 

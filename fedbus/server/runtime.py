@@ -286,6 +286,14 @@ class Server:
         """Say that this client is gone without a word: a simulation knows, and has no heartbeats to tell it by."""
         self._events.put(e.ClientLost(client_id=client_id, reason=reason))
 
+    def _inbox_gone(self, client_id: str) -> None:
+        """In a provisioned federation no client can delete one: that is how its operator says who was turned out."""
+        self._with_inbox.discard(client_id)
+        if self._identity.is_provisioned:
+            self._events.put(e.ClientExpelled(client_id=client_id, reason="its rights were revoked"))
+        else:
+            self._events.put(e.ClientLost(client_id=client_id, reason="its inbox is gone"))
+
     def connection_lost(self) -> None:
         """Say that the connection is gone: a server that was held up for long may have been replaced meanwhile."""
         self._in_question.set()
@@ -363,6 +371,7 @@ class Server:
                 self._bus,
                 engine,
                 put=self._events.put,
+                inbox_gone=self._inbox_gone,
                 ask_for_echo=self._echo_due.set,
                 every_s=self._look_every_s,
                 grace_s=2 * _RECONNECT_S,  # a broker that starts may turn the first attempt down
@@ -764,6 +773,9 @@ class Server:
             case c.CancelTask():
                 cancel = m.CancelTask(task_id=command.task_id, run_id=self._run_id, reason=command.reason)
                 await self._outbound.put((command.client_id, cancel, self._app.rounds.timeout_s))
+            case c.GiveUpUploads():
+                assert self._intake is not None
+                self._intake.give_up_client(command.client_id, command.reason)
             case c.Commit():
                 self._closed_by = self._staged(command.folded[-1].delivery).arrived_at if command.folded else None
                 self._jobs.put_nowait(command)
@@ -930,7 +942,7 @@ class Server:
         except Unroutable:
             self._with_inbox.discard(client_id)
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
-                self._events.put(e.ClientLost(client_id=client_id, reason="its inbox is gone"))
+                self._inbox_gone(client_id)
         finally:
             self._outbound.task_done()
 

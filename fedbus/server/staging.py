@@ -183,6 +183,10 @@ class Staging:
         """The transfers under way for `task_id`."""
         return [name for name, transfer in self._transfers.items() if transfer.head.task_id == task_id]
 
+    def of_client(self, client_id: str) -> list[str]:
+        """The transfers of this client under way."""
+        return [name for name, transfer in self._transfers.items() if transfer.head.client_id == client_id]
+
     def missing_bytes(self, task_id: str) -> int | None:
         """How much of the upload for `task_id` is still to come; None when none is under way."""
         for transfer in self._transfers.values():

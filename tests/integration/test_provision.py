@@ -38,7 +38,7 @@ from fedbus.bus.topology import (
 )
 from fedbus.cli import provision as commands
 from fedbus.cli.broker import broker_app
-from fedbus.errors import BrokerDenied, BrokerError, BrokerUnreachable, PublishUnconfirmed
+from fedbus.errors import BrokerDenied, BrokerError, BrokerUnreachable, PublishUnconfirmed, QueueMissing
 from fedbus.provision.admin import Admin, ManagementApi, Rabbitmqctl, password_hash
 from fedbus.provision.authority import Authority
 from fedbus.provision.federation import Desk, members, provision, revoke, rotate
@@ -375,6 +375,11 @@ async def test_a_revoked_client_is_out_at_once_and_for_good(place: Place) -> Non
         assert not two.closing.done()
     with pytest.raises(BrokerDenied, match="by this certificate"):
         await connect(bundles["a"].access)
+    async with await connect(bundles["server"].access) as server:
+        await server.declare(client_inbox("b"))
+        await asyncio.to_thread(revoke, place.desk, "clinics", ["b"])
+        with pytest.raises(QueueMissing):
+            await server.queue_state(inbox("b"))
     again = await asyncio.to_thread(place.provision, "clinics", "a")
     assert again["a"].user == "clinics.a~2"
     async with await connect(again["a"].access):

@@ -172,6 +172,10 @@ class _Player:
     def lose_inbox(self, who: str) -> list[e.Event]:
         return [e.ClientLost(client_id=who, reason="its inbox is gone")]
 
+    def expel(self, who: str) -> list[e.Event]:
+        self._beats.pop(who, None)
+        return [e.ClientExpelled(client_id=who, reason="revoked")]
+
     def lose_connection(self, who: str) -> list[e.Event]:
         return [e.ClientUnreachable(client_id=who, reason="its connection is gone")]
 
@@ -274,6 +278,7 @@ _WORDS: Final[list[tuple[str, Callable[..., list[e.Event]]]]] = [
     (rf"{_WHO} says it is at work on its task of {_ROUND}", _Player.say_at_work),
     (rf"{_WHO} says it has nothing in hand", _Player.say_idle),
     (rf"{_WHO}'s inbox is gone", _Player.lose_inbox),
+    (rf"{_WHO} is turned out", _Player.expel),
     (rf"the connection of {_WHO} is gone", _Player.lose_connection),
     (rf"{_WHO} leaves(?:: {_REASON})?", _Player.leave),
     (rf"{_WHO}'s former process leaves", _Player.leave_life),

@@ -61,6 +61,8 @@ def say(command: Command, tasks: Tasks, alpha: float = 1.0) -> str:
             return f"task {command.client_id}: fit version {command.version} in {name} ({command.timeout_s:g} s)"
         case c.CancelTask():
             return f"tell {command.client_id} to stop its task of {tasks.name(command.task_id, command.client_id)}"
+        case c.GiveUpUploads():
+            return f"give up what {command.client_id} uploads: {command.reason}"
         case c.SendEvaluateTask():
             return f"task {command.client_id}: evaluate version {command.version} ({command.timeout_s:g} s)"
         case c.Fold():

@@ -160,6 +160,7 @@ def test_a_name_that_a_certificate_was_issued_for_is_never_given_again(
     provision(desk, "f", ["a"], hosts=HOSTS, folder=out)
     assert revoke(desk, "f", ["a"]) == ["f.a"]
     assert users(admin) == {"f.server"}
+    assert admin.deleted_queues == [("f", "fedbus.inbox.a")]
     assert set(provision(desk, "f", ["a"], folder=out).bundles) == {"f.a~2"}
     revoke(desk, "f", ["a"])
     provision(desk, "f", ["a"], login="password", folder=out)
