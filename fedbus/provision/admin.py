@@ -112,7 +112,7 @@ class Rabbitmqctl(Admin):
         try:
             self._call(("delete_queue", "--vhost", vhost, queue), "")
         except BrokerError as exc:
-            if "No such queue" not in str(exc):
+            if "not found" not in str(exc).lower():
                 raise
 
     def connections(self) -> list[OpenConnection]:

@@ -375,11 +375,6 @@ async def test_a_revoked_client_is_out_at_once_and_for_good(place: Place) -> Non
         assert not two.closing.done()
     with pytest.raises(BrokerDenied, match="by this certificate"):
         await connect(bundles["a"].access)
-    async with await connect(bundles["server"].access) as server:
-        await server.declare(client_inbox("b"))
-        await asyncio.to_thread(revoke, place.desk, "clinics", ["b"])
-        with pytest.raises(QueueMissing):
-            await server.queue_state(inbox("b"))
     again = await asyncio.to_thread(place.provision, "clinics", "a")
     assert again["a"].user == "clinics.a~2"
     async with await connect(again["a"].access):
@@ -436,6 +431,19 @@ def test_what_is_imported_is_there_and_what_was_there_stays(admin: Admin) -> Non
     admin.delete_user("contract.a")  # it is gone: fine
     assert entries(admin, "users", name="contract.a") == entries(admin, "permissions", user="contract.a") == []
     assert entries(admin, "vhosts", name="contract")
+
+
+@pytest.mark.parametrize("by", ["rabbitmqctl", "management"])
+async def test_a_queue_is_deleted_and_one_that_is_gone_is_no_error(place: Place, by: str) -> None:
+    admin = place.rabbitmqctl if by == "rabbitmqctl" else place.management
+    bundles = place.provision(f"queues-{by}", "a")
+    async with await connect(bundles["server"].access) as server:
+        await server.declare(ingress())
+        await server.declare(client_inbox("a"))
+        for _ in range(2):
+            await asyncio.to_thread(admin.delete_queue, f"queues-{by}", inbox("a"))
+        with pytest.raises(QueueMissing):
+            await server.queue_state(inbox("a"))
 
 
 @pytest.mark.parametrize("by", ["rabbitmqctl", "management"])
