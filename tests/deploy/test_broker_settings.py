@@ -1,0 +1,122 @@
+"""deploy/rabbitmq.conf, definitions.json and enabled_plugins, in a RabbitMQ that runs with them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import ssl
+import urllib.error
+import urllib.request
+
+import aiormq
+import pytest
+
+from tests.deploy.authority import Authority
+from tests.deploy.broker import DeployedNode
+from tests.deploy.files import DEPLOY
+
+_SETTING = re.compile(r"^[a-z_]+(\.[a-z0-9_]+)* += \S+$")
+
+
+@pytest.mark.parametrize("name", ["rabbitmq.conf", "rabbitmq-cluster.conf"])
+def test_every_block_of_settings_says_why(name: str) -> None:
+    for block in (DEPLOY / name).read_text().strip().split("\n\n"):
+        lines = block.splitlines()
+        assert lines[0].startswith("#"), lines[0]
+        settings = [line for line in lines if not line.startswith("#")]
+        assert all(map(_SETTING.match, settings)), settings
+
+
+def test_the_definitions_hold_no_users_and_no_secrets() -> None:
+    definitions = json.loads((DEPLOY / "definitions.json").read_text())
+    assert definitions["users"] == definitions["vhosts"] == definitions["permissions"] == []
+    assert "password" not in (DEPLOY / "definitions.json").read_text()
+
+
+@pytest.mark.broker
+def test_a_fresh_broker_has_no_guest_and_listens_to_nobody_in_clear(deployed: DeployedNode) -> None:
+    assert deployed.ctl("list_users", "--formatter", "json").strip() == "[]"
+    assert deployed.ctl("list_vhosts", "--formatter", "json").strip() == "[]"
+    found = json.loads(deployed.ctl("listeners", "--formatter", "json", script="rabbitmq-diagnostics"))
+    ports = {listener["protocol"]: listener["port"] for listener in found["listeners"]}
+    assert ports.pop("clustering") not in ports.values()
+    assert ports == {
+        "amqp/ssl": deployed.port,
+        "https": deployed.management_port,
+        "http/prometheus": deployed.prometheus_port,
+    }
+
+
+@pytest.mark.broker
+def test_the_name_in_the_certificate_is_the_user(deployed: DeployedNode, authority: Authority) -> None:
+    deployed.ctl("add_vhost", "fed")
+    deployed.ctl("add_user", "fed.a", "not used")
+    deployed.ctl("clear_password", "fed.a")
+    deployed.ctl("set_permissions", "-p", "fed", "fed.a", "^$", "^$", "^$")
+    certificate, key = authority.issue("fed.a", "a")
+    assert _log_in(deployed, authority, f"certfile={certificate}&keyfile={key}") == "fed.a"
+
+
+def _log_in(node: DeployedNode, authority: Authority, how: str) -> str:
+    """Connect by certificate; the user that the broker says we are."""
+
+    async def connect() -> str:
+        url = f"amqps://localhost:{node.port}/fed?auth=external&cafile={authority.folder / 'ca.pem'}&{how}"
+        connection = await aiormq.connect(url)
+        told = await asyncio.to_thread(node.ctl, "list_connections", "user", "--formatter", "json")
+        await connection.close()
+        return str(json.loads(told)[0]["user"])
+
+    return asyncio.run(connect())
+
+
+@pytest.mark.broker
+def test_nobody_comes_in_without_a_certificate_of_our_authority(
+    deployed: DeployedNode, authority: Authority, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    trust = ssl.create_default_context(cafile=str(authority.folder / "ca.pem"))
+    with pytest.raises(OSError, match=r"certificate required|reset by peer|alert"):
+        _say_hello(deployed, trust)
+    stranger = Authority(tmp_path_factory.mktemp("stranger"), "another authority")
+    trust.load_cert_chain(*stranger.issue("fed.a", "a"))
+    with pytest.raises(OSError, match=r"unknown ca|reset by peer|alert"):
+        _say_hello(deployed, trust)
+
+
+def _say_hello(node: DeployedNode, trust: ssl.SSLContext) -> None:
+    """Speak TLS and wait for the first byte of AMQP: only then a TLS 1.3 server has judged our certificate."""
+    with (
+        socket.create_connection(("127.0.0.1", node.port), 10) as plain,
+        trust.wrap_socket(plain, server_hostname="localhost") as secured,
+    ):
+        secured.sendall(b"AMQP\x00\x00\x09\x01")
+        if not secured.recv(1):
+            raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.broker
+def test_the_management_api_speaks_tls_and_asks_for_a_password(deployed: DeployedNode, authority: Authority) -> None:
+    trust = ssl.create_default_context(cafile=str(authority.folder / "ca.pem"))
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"https://localhost:{deployed.management_port}/api/overview", context=trust, timeout=10)
+
+
+@pytest.mark.broker
+def test_the_limits_are_in_force(deployed: DeployedNode) -> None:
+    wanted = {
+        "channel_max": "64",
+        "connection_max": "8192",
+        "max_message_size": "16777216",
+        "consumer_timeout": "86400000",
+        "heartbeat": "30",
+        "handshake_timeout": "10000",
+        "ssl_handshake_timeout": "10000",
+        "vm_memory_high_watermark": "0.6",
+        "auth_mechanisms": "['PLAIN','EXTERNAL']",
+        "loopback_users": '[<<"guest">>]',
+    }
+    keys = ",".join(wanted)
+    shown = f'[lists:flatten(io_lib:format("~0p", [element(2, application:get_env(rabbit, K))])) || K <- [{keys}]].'
+    assert dict(zip(wanted, json.loads(deployed.ctl("eval", shown)), strict=True)) == wanted
