@@ -27,7 +27,7 @@ _POLL_S = 0.05
 
 
 class DeployedNode:
-    """A context manager; `tls` is the folder with ca.pem, server.pem and server.key for the name localhost."""
+    """A context manager; `tls` is the folder with ca.pem, broker.pem and broker.key for the name localhost."""
 
     def __init__(self, tls: Path) -> None:
         self._programs = private._find_programs()

@@ -18,6 +18,6 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 @pytest.fixture(scope="session")
 def deployed(rabbitmq_installed: None, authority: Authority) -> Iterator[DeployedNode]:
     """RabbitMQ with deploy/rabbitmq.conf, definitions.json and enabled_plugins: take your own vhost and users."""
-    authority.issue("localhost", "server")
+    authority.issue("localhost", "broker")
     with DeployedNode(authority.folder) as node:
         yield node
