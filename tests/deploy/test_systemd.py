@@ -35,7 +35,15 @@ def test_systemd_has_nothing_to_say_about_the_units(tmp_path: Path) -> None:
 @needs_systemd
 @pytest.mark.parametrize("unit", _UNITS, ids=lambda unit: unit.name)
 def test_a_unit_may_do_little(unit: Path) -> None:
-    command = ["systemd-analyze", "security", "--offline=yes", "--json=short", "--threshold=15", "--no-pager", unit]
+    command = [
+        "systemd-analyze",
+        "security",
+        "--offline=yes",
+        "--json=short",
+        "--threshold=15",
+        "--no-pager",
+        str(unit),
+    ]
     told = subprocess.run(command, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr  # an exposure of 1.5 of 10 at most
     is_closed = {each["json_field"]: each["set"] for each in json.loads(told.stdout)}

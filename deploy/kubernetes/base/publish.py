@@ -46,7 +46,7 @@ def apply(secret: dict[str, object], name: str) -> None:
     )
     trust = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt")) if API.startswith("https") else None
     with urllib.request.urlopen(request, context=trust, timeout=30):
-        print(f"Secret {name}")
+        sys.stdout.write(f"Secret {name}\n")
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     names = [name_of(bundle) for bundle in bundles]
     if len(set(names)) < len(names):
         sys.exit("two client ids become one name of a Secret: they differ in more than letters, digits and hyphens")
-    for bundle, name in zip(bundles, names):
+    for bundle, name in zip(bundles, names, strict=True):
         apply(secret_of(bundle), name)
 
 
