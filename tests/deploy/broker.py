@@ -27,15 +27,20 @@ _POLL_S = 0.05
 
 
 class DeployedNode:
-    """A context manager; `tls` is the folder with ca.pem, broker.pem and broker.key for the name localhost."""
+    """A context manager.
 
-    def __init__(self, tls: Path) -> None:
+    Args:
+        tls: folder with ca.pem, broker.pem and broker.key, for the name localhost.
+        definitions: folder with more definitions than those of `deploy/`.
+    """
+
+    def __init__(self, tls: Path, definitions: Path) -> None:
         self._programs = private._find_programs()
         self.folder = Path(tempfile.mkdtemp(prefix="fedbus-deployed-")).resolve()
-        first, second = private._choose_ports(None), private._choose_ports(None)
+        first, second = (private._choose_ports(private._Doors()) for _ in range(2))
         self._settings = private._Settings(self.folder, first, self._programs, _BOOT_S)
         self.port, self.management_port, self.prometheus_port = first.amqp, second.amqp, second.distribution
-        self._tls = tls
+        self._tls, self._definitions = tls, definitions
         self._epmd: subprocess.Popen[bytes] | None = None
         self._beam: subprocess.Popen[bytes] | None = None
 
@@ -89,7 +94,7 @@ class DeployedNode:
             conf = conf.replace(there, str(instead))
         (self.folder / "rabbitmq.conf").write_text("log.console = false\n")  # instead of the private node's own
         (self.folder / "conf.d" / "90-fedbus.conf").write_text(conf)
-        (self.folder / "definitions.d").mkdir()
+        shutil.copytree(self._definitions, self.folder / "definitions.d")
         shutil.copy(DEPLOY / "definitions.json", self.folder / "definitions.d")
         shutil.copy(DEPLOY / "enabled_plugins", self.folder)
 

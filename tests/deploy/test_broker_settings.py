@@ -9,11 +9,13 @@ import socket
 import ssl
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime
+from pathlib import Path
 
 import aiormq
 import pytest
 
-from tests.deploy.authority import Authority
+from fedbus.provision.authority import Authority
 from tests.deploy.broker import DeployedNode
 from tests.deploy.files import DEPLOY
 
@@ -37,8 +39,9 @@ def test_the_definitions_hold_no_users_and_no_secrets() -> None:
 
 @pytest.mark.broker
 def test_a_fresh_broker_has_no_guest_and_listens_to_nobody_in_clear(deployed: DeployedNode) -> None:
-    assert deployed.ctl("list_users", "--formatter", "json").strip() == "[]"
-    assert deployed.ctl("list_vhosts", "--formatter", "json").strip() == "[]"
+    users = json.loads(deployed.ctl("list_users", "--formatter", "json"))
+    assert "guest" not in {user["user"] for user in users}
+    assert "/" not in {vhost["name"] for vhost in json.loads(deployed.ctl("list_vhosts", "--formatter", "json"))}
     found = json.loads(deployed.ctl("listeners", "--formatter", "json", script="rabbitmq-diagnostics"))
     ports = {listener["protocol"]: listener["port"] for listener in found["listeners"]}
     assert ports.pop("clustering") not in ports.values()
@@ -50,37 +53,43 @@ def test_a_fresh_broker_has_no_guest_and_listens_to_nobody_in_clear(deployed: De
 
 
 @pytest.mark.broker
-def test_the_name_in_the_certificate_is_the_user(deployed: DeployedNode, authority: Authority) -> None:
+def test_the_name_in_the_certificate_is_the_user(deployed: DeployedNode, home: Path, tmp_path: Path) -> None:
     deployed.ctl("add_vhost", "fed")
     deployed.ctl("add_user", "fed.a", "not used")
     deployed.ctl("clear_password", "fed.a")
     deployed.ctl("set_permissions", "-p", "fed", "fed.a", "^$", "^$", "^$")
-    certificate, key = authority.issue("fed.a", "a")
-    assert _log_in(deployed, authority, f"certfile={certificate}&keyfile={key}") == "fed.a"
-
-
-def _log_in(node: DeployedNode, authority: Authority, how: str) -> str:
-    """Connect by certificate; the user that the broker says we are."""
+    authority = Authority.load(home / "office")
+    assert authority is not None
+    certificate, key = _issue(authority, tmp_path)
+    login = f"auth=external&cafile={home / 'tls' / 'ca.pem'}&certfile={certificate}&keyfile={key}"
 
     async def connect() -> str:
-        url = f"amqps://localhost:{node.port}/fed?auth=external&cafile={authority.folder / 'ca.pem'}&{how}"
-        connection = await aiormq.connect(url)
-        told = await asyncio.to_thread(node.ctl, "list_connections", "user", "--formatter", "json")
+        connection = await aiormq.connect(f"amqps://localhost:{deployed.port}/fed?{login}")
+        told = await asyncio.to_thread(deployed.ctl, "list_connections", "user", "--formatter", "json")
         await connection.close()
         return str(json.loads(told)[0]["user"])
 
-    return asyncio.run(connect())
+    assert asyncio.run(connect()) == "fed.a"
+
+
+def _issue(authority: Authority, folder: Path) -> tuple[Path, Path]:
+    """A certificate for the user fed.a."""
+    issued = authority.issue_user("fed.a", now=datetime.now(UTC))
+    certificate, key = folder / "user.pem", folder / "user.key"
+    certificate.write_text(issued.certificate)
+    key.write_text(issued.key)
+    return certificate, key
 
 
 @pytest.mark.broker
 def test_nobody_comes_in_without_a_certificate_of_our_authority(
-    deployed: DeployedNode, authority: Authority, tmp_path_factory: pytest.TempPathFactory
+    deployed: DeployedNode, home: Path, tmp_path: Path
 ) -> None:
-    trust = ssl.create_default_context(cafile=str(authority.folder / "ca.pem"))
+    trust = ssl.create_default_context(cafile=str(home / "tls" / "ca.pem"))
     with pytest.raises(OSError, match=r"certificate required|reset by peer|alert"):
         _say_hello(deployed, trust)
-    stranger = Authority(tmp_path_factory.mktemp("stranger"), "another authority")
-    trust.load_cert_chain(*stranger.issue("fed.a", "a"))
+    stranger = Authority.create("another authority", now=datetime.now(UTC))
+    trust.load_cert_chain(*_issue(stranger, tmp_path))
     with pytest.raises(OSError, match=r"unknown ca|reset by peer|alert"):
         _say_hello(deployed, trust)
 
@@ -97,8 +106,17 @@ def _say_hello(node: DeployedNode, trust: ssl.SSLContext) -> None:
 
 
 @pytest.mark.broker
-def test_the_management_api_speaks_tls_and_asks_for_a_password(deployed: DeployedNode, authority: Authority) -> None:
-    trust = ssl.create_default_context(cafile=str(authority.folder / "ca.pem"))
+def test_weak_ciphers_are_refused(deployed: DeployedNode, home: Path) -> None:
+    trust = ssl.create_default_context(cafile=str(home / "tls" / "ca.pem"))
+    trust.maximum_version = ssl.TLSVersion.TLSv1_2
+    trust.set_ciphers("ECDHE-ECDSA-AES256-SHA384")  # CBC, which OTP's defaults take
+    with pytest.raises(ssl.SSLError, match=r"(?i)handshake failure|insufficient security"):
+        _say_hello(deployed, trust)
+
+
+@pytest.mark.broker
+def test_the_management_api_speaks_tls_and_asks_for_a_password(deployed: DeployedNode, home: Path) -> None:
+    trust = ssl.create_default_context(cafile=str(home / "tls" / "ca.pem"))
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"https://localhost:{deployed.management_port}/api/overview", context=trust, timeout=10)
 
