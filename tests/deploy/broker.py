@@ -32,13 +32,15 @@ class DeployedNode:
     Args:
         tls: folder with ca.pem, broker.pem and broker.key, for the name localhost.
         definitions: folder with more definitions than those of `deploy/`.
+        after: a node that is gone; this one is reached where that one was.
     """
 
-    def __init__(self, tls: Path, definitions: Path) -> None:
+    def __init__(self, tls: Path, definitions: Path, *, after: DeployedNode | None = None) -> None:
         self._programs = private._find_programs()
         self.folder = Path(tempfile.mkdtemp(prefix="fedbus-deployed-")).resolve()
-        first, second = (private._choose_ports(private._Doors()) for _ in range(2))
+        first, second = after.ports if after else (_free_ports(), _free_ports())
         self._settings = private._Settings(self.folder, first, self._programs, _BOOT_S)
+        self.ports: tuple[private._Ports, private._Ports] = (first, second)
         self.port, self.management_port, self.prometheus_port = first.amqp, second.amqp, second.distribution
         self._tls, self._definitions = tls, definitions
         self._epmd: subprocess.Popen[bytes] | None = None
@@ -120,3 +122,7 @@ class DeployedNode:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
             return True
         return False
+
+
+def _free_ports() -> private._Ports:
+    return private._choose_ports(private._Doors())

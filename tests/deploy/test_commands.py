@@ -7,7 +7,6 @@ server, worker and client log in with the bundles from there, over mutual TLS. O
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,8 +27,8 @@ from tests.deploy.commands import (
 )
 from tests.deploy.conftest import script
 from tests.deploy.files import DEPLOY, KUBERNETES, compose, kubernetes, pods
+from tests.deploy.processes import FEDBUS, FedbusProcess
 
-FEDBUS = Path(sys.executable).with_name("fedbus")
 _PLACES: dict[str, Callable[[], Iterator[Command]]] = {
     "compose": of_compose,
     "kubernetes": of_kubernetes,
@@ -72,7 +71,13 @@ def members(deployed: DeployedNode, home: Path) -> Path:
 @pytest.mark.parametrize("place", _PLACES)
 def test_the_commands_make_a_federation(place: str, members: Path, tmp_path: Path) -> None:
     running = {
-        command.role: _Process(_placed(command, members / command.role / "bundle.json", tmp_path), tmp_path)
+        command.role: FedbusProcess(
+            _placed(command, members / command.role / "bundle.json", tmp_path),
+            tmp_path,
+            command.role,
+            FEDBUS_ROUNDS="2",
+            FEDBUS_COHORT="3",
+        )
         for command in _PLACES[place]()
     }
     try:
@@ -96,36 +101,6 @@ def _placed(command: Command, bundle: Path, folder: Path) -> list[str]:
         options["run_dir"] = str(folder / "run")
         options["virtual_clients"] = "2"
     return command.here(**options)
-
-
-class _Process:
-    """One `fedbus` process; what it printed."""
-
-    def __init__(self, args: list[str], folder: Path) -> None:
-        self._log = folder / f"{args[0]}.log"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("FEDBUS_")}
-        path = os.pathsep.join(filter(None, [str(DEPLOY / "app"), os.environ.get("PYTHONPATH")]))
-        small = {"FEDBUS_METRICS": "127.0.0.1:0", "FEDBUS_PAUSE_S": "0", "FEDBUS_ROUNDS": "2", "FEDBUS_COHORT": "3"}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [FEDBUS, *args], env={**kept, **small, "PYTHONPATH": path}, stdout=log, stderr=log, cwd=folder
-            )
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text()
-
-    @property
-    def is_running(self) -> bool:
-        return self._process.poll() is None
-
-    def end(self) -> int:
-        return self._process.wait(60)
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
 
 
 @pytest.mark.broker
