@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,9 @@ def test_the_commands_make_a_federation(place: str, members: Path, tmp_path: Pat
     }
     try:
         # The cohort is the client and two of the worker's virtual ones: a round without any of them would not close.
+        while running["server"].is_running:
+            assert running["worker"].is_running, running["worker"].output
+            time.sleep(0.05)
         assert running["server"].end() == 0, running["server"].output
         history = json.loads((tmp_path / "run" / "history.json").read_text())
         assert set(history["clients"]) == {"a", "virtual-00000-of-00002", "virtual-00001-of-00002"}
