@@ -13,7 +13,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
@@ -143,10 +143,10 @@ class RunFolder:
     def _checkpoint(self, version: int) -> Path:
         return self.path / "checkpoints" / f"model-{version}.safetensors"
 
-    def save_history(self, history: History) -> None:
-        """Write history.json."""
-        data = history.to_json().encode()
-        write_whole(self.path / "history.json", lambda file: file.write(data))
+    def save_history(self, history: History, records: Iterable[str]) -> None:
+        """Write history.json; `records` are the texts of its rounds, of which `history` may know the last ones only."""
+        pieces = (piece.encode() for piece in history.json_pieces(records))
+        write_whole(self.path / "history.json", lambda file: file.writelines(pieces))
 
 
 def save_model(path: Path, model: Tensors, metadata: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,8 @@ class RoundRecord:
 class History:
     """A whole run: written to history.json as it goes on. `settings` is what it was run with.
 
-    `clients`: what each has done so far.
+    `clients`: what each has done so far. `rounds`: all of them once the run has ended; while a server keeps a ledger on
+    disk, the last ones.
     """
 
     run_id: str
@@ -107,6 +108,16 @@ class History:
         """Updates folded in all rounds together."""
         return sum(len(record.folded) for record in self.rounds)
 
+    @property
+    def num_rounds(self) -> int:
+        """How many rounds are closed."""
+        return self.rounds[-1].round if self.rounds else 0
+
+    def forget_rounds(self, *, keep: int) -> None:
+        """Let go of all rounds but the last `keep`; now and then, so that it costs nothing."""
+        if len(self.rounds) > 2 * keep:
+            del self.rounds[:-keep]
+
     def snapshot(self) -> History:
         """It as of now, for another thread: what is added or noted later does not show."""
         return dataclasses.replace(
@@ -134,7 +145,24 @@ class History:
         return cls(**{**head, "initial": _evaluation(head["initial"])}, rounds=rounds, clients=clients)
 
     def to_json(self) -> str:
-        return json.dumps(plain(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
+        """As history.json holds it."""
+        return "".join(self.json_pieces(map(record_text, self.rounds)))
+
+    def json_pieces(self, records: Iterable[str]) -> Iterator[str]:
+        """The text of history.json, piece by piece: a line for each round, from `records`, which are their texts."""
+        clients = {name: dataclasses.asdict(record) for name, record in self.clients.items()}
+        head = json.dumps(plain({**self.head(), "clients": clients}), indent=2, allow_nan=False)
+        yield head.removesuffix("\n}") + ',\n  "rounds": ['
+        separator = "\n"
+        for record in records:
+            yield f"{separator}    {record}"
+            separator = ",\n"
+        yield "\n  ]\n}\n"
+
+
+def record_text(record: RoundRecord) -> str:
+    """A record as JSON, in one line."""
+    return json.dumps(plain(dataclasses.asdict(record)), allow_nan=False)
 
 
 def record_from_json(fields: Mapping[str, Any]) -> RoundRecord:

@@ -8,7 +8,6 @@ a later server has taken the run over, an earlier one that still lives can write
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sqlite3
 import threading
@@ -20,10 +19,11 @@ from typing import Final
 from fedbus.errors import ConfigError, RunFailed
 from fedbus.rounds.clients import ClientRecord
 from fedbus.rounds.restored import RestoredTask
-from fedbus.server.history import History, RoundRecord, plain, record_from_json
+from fedbus.server.history import History, RoundRecord, plain, record_from_json, record_text
 
 _FORMAT: Final = 2
 _CLOSE_PATIENCE_S: Final = 1.0
+_MANY: Final = 2**63 - 1
 
 _SCHEMA: Final = """
 CREATE TABLE run (
@@ -107,17 +107,19 @@ class Ledger:
         self._epoch = 1
         self.holds_a_run = True
 
-    def take_over(self, *, max_staleness: int) -> LastCommit:
+    def take_over(self, *, max_staleness: int, recent_rounds: int = _MANY) -> LastCommit:
         """Go on with the run, in the next epoch; whoever served it before is fenced out from now on.
+
+        `recent_rounds`: so many of the last rounds are in the history that is returned.
 
         Raises `ConfigError` for what cannot be read.
         """
         try:
-            return self._take_over(max_staleness)
+            return self._take_over(max_staleness, recent_rounds)
         except (ValueError, KeyError, TypeError) as exc:
             raise ConfigError(f"{self._path} is not the ledger of a run: {exc!r}") from exc
 
-    def _take_over(self, max_staleness: int) -> LastCommit:
+    def _take_over(self, max_staleness: int, recent_rounds: int) -> LastCommit:
         with self._lock, _writing():
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("UPDATE run SET epoch = epoch + 1")
@@ -125,10 +127,9 @@ class Ledger:
             epoch, version, seconds, head, members = self._db.execute(
                 "SELECT epoch, version, seconds, head, members FROM run"
             ).fetchone()
-            records = [
-                record_from_json(json.loads(text))
-                for (text,) in self._db.execute("SELECT record FROM rounds ORDER BY round")
-            ]
+            query = "SELECT record FROM rounds ORDER BY round DESC LIMIT ?"
+            newest_first = self._db.execute(query, (recent_rounds,)).fetchall()
+            records = [record_from_json(json.loads(text)) for (text,) in reversed(newest_first)]
             oldest = (version or 0) - max_staleness
             tasks = self._db.execute(
                 "SELECT t.task_id, t.client_id, t.round, t.version, t.failed, f.round FROM tasks t"
@@ -173,7 +174,7 @@ class Ledger:
     def note_record(self, record: RoundRecord) -> None:
         """Note what became known of a committed round: its evaluations."""
         with self._transaction():
-            self._db.execute("UPDATE rounds SET record = ? WHERE round = ?", (_text(record), record.round))
+            self._db.execute("UPDATE rounds SET record = ? WHERE round = ?", (record_text(record), record.round))
 
     # ---- commits -------------------------------------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ class Ledger:
         """
         with self._transaction(durable=True):
             self._db.execute("UPDATE run SET version = ?, seconds = ?", (record.version, seconds))
-            self._db.execute("INSERT INTO rounds VALUES (?, ?, ?)", (record.round, record.version, _text(record)))
+            self._db.execute("INSERT INTO rounds VALUES (?, ?, ?)", (record.round, record.version, record_text(record)))
             rows = ((task_id, client_id, record.round, staleness) for task_id, client_id, staleness in folded)
             self._db.executemany("INSERT INTO folded VALUES (?, ?, ?, ?)", rows)
             self._db.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?)", clients)
@@ -229,6 +230,22 @@ class Ledger:
             return self._db.execute(
                 "SELECT task_id, client_id, staleness FROM folded WHERE round = ? ORDER BY task_id", (round,)
             ).fetchall()
+
+    def record(self, round: int) -> RoundRecord | None:
+        """The record of a committed round; None when it is not."""
+        with self._lock:
+            row = self._db.execute("SELECT record FROM rounds WHERE round = ?", (round,)).fetchone()
+        return None if row is None else record_from_json(json.loads(row[0]))
+
+    def record_texts(self, *, through: int) -> Iterator[str]:
+        """The records up to round `through` as JSON, one after the other, in their order; for any thread.
+
+        Over a connection of its own, so that commits need not wait for whoever reads.
+        """
+        assert self._path is not None, "only a ledger on disk can be read beside its writer"
+        with contextlib.closing(sqlite3.connect(self._path)) as db:
+            for (text,) in db.execute("SELECT record FROM rounds WHERE round <= ? ORDER BY round", (through,)):
+                yield text
 
     @contextlib.contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[None]:
@@ -278,7 +295,3 @@ def _restored_task(
         folded_in=folded_in or 0,
         reason=failed or "",
     )
-
-
-def _text(record: RoundRecord) -> str:
-    return json.dumps(plain(dataclasses.asdict(record)))

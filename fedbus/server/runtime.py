@@ -20,9 +20,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import re
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -61,7 +63,7 @@ from fedbus.rounds.engine import Engine, Fate
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.server.bases import Bases
 from fedbus.server.checkpoint import RunFolder
-from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord
+from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord, record_from_json
 from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Fenced, LastCommit, Ledger
@@ -93,6 +95,8 @@ _TIDY_EVERY_S = 2.0
 """Of real time, whatever clock the run has: it is about the disk's work."""
 _HISTORY_SHARE = 0.05
 """Of the time: history.json is written as a whole, and a run of many short rounds would do little else."""
+_ROUNDS_IN_MEMORY = 32
+"""Where there is a run folder; all others are read from the ledger when they are needed."""
 _SMALL_BYTES = 4 << 20
 """Models up to here are folded and checked on the event loop, in a few milliseconds."""
 _NOTES_EVERY_S = 0.2
@@ -326,15 +330,32 @@ class Server:
             raise exc from group
         finally:
             self._user_thread.close()
+            self._complete_history()
             self._ledger.close()
             if self._folder is not None:
                 self._folder.close()
         if not self._history.finished:
-            rounds = len(self._history.rounds)
+            rounds = self._history.num_rounds
             raise RunFailed(f"the run ended after {rounds} round{'s' * (rounds != 1)}: {self._history.reason}")
         if self._history.updates == 0:
             raise RunFailed(f"no update was accepted in any round; {self._why_empty()}")
         return self._history
+
+    def _complete_history(self) -> None:
+        """Nobody else may need it: while the run goes on the rounds lie on the disk, however many there are."""
+        rounds = self._history.rounds
+        if self._keeps_rounds_on_disk and rounds and rounds[0].round > 1:
+            texts = self._ledger.record_texts(through=rounds[0].round - 1)
+            with contextlib.suppress(sqlite3.Error):  # a disk that fails is told of already
+                rounds[:0] = [record_from_json(json.loads(text)) for text in texts]
+
+    @property
+    def _keeps_rounds_on_disk(self) -> bool:
+        return self._folder is not None
+
+    def _record_of(self, round: int) -> RoundRecord | None:
+        """The record of a closed round, wherever it is."""
+        return self._history.record(round) or self._ledger.record(round)
 
     def _why_empty(self) -> str:
         if self._last_failure:
@@ -407,7 +428,9 @@ class Server:
         """Begin the run, or take it over, with the model to go on with, unless a client is to give it."""
         self._ledger = Ledger(None if self._folder is None else self._folder.ledger)
         if self._ledger.holds_a_run:
-            last = self._last_commit = self._ledger.take_over(max_staleness=self._app.rounds.max_staleness)
+            last = self._last_commit = self._ledger.take_over(
+                max_staleness=self._app.rounds.max_staleness, recent_rounds=_ROUNDS_IN_MEMORY
+            )
             self._history = last.history
             self._run_id, self._epoch = last.history.run_id, last.epoch
             self._started_at = now() - last.seconds
@@ -421,7 +444,7 @@ class Server:
         self._publisher = self._make_publisher()
         if self._history.finished:
             assert self._folder is not None
-            await asyncio.to_thread(self._folder.save_history, self._history)
+            await asyncio.to_thread(self._save_history, self._folder, self._history)
             return
         self._history.settings, self._history.reason = self._settings, ""
         self._tell_start()
@@ -446,14 +469,14 @@ class Server:
         if self._virtual:
             self._tell(o.VirtualClientsEnrolled(clients=len(self._virtual)))
         if self._last_commit is not None:
-            done = len(self._history.rounds)
+            done = self._history.num_rounds
             self._tell(o.RunResumed(run_id=self._run_id, epoch=self._epoch, rounds=done, seconds=self._seconds()))
 
     def _make_engine(self, *, has_model: bool) -> Engine:
         last, restored = self._last_commit, None
         if last is not None:
             restored = Restored(
-                rounds=len(self._history.rounds),
+                rounds=self._history.num_rounds,
                 version=last.version or 0,
                 clients=last.members,
                 tasks=tuple(task for task in last.tasks if self._may_fold(task)),
@@ -853,7 +876,7 @@ class Server:
                 if self._intake is not None:
                     self._intake.slots.release(notice.task_id)
             case c.EvaluateFailed():
-                record = self._history.record(notice.round)
+                record = self._record_of(notice.round)
                 if record is not None:
                     record.evaluate_failed[notice.client_id] = notice.reason
                     self._ledger.note_record(record)
@@ -1068,7 +1091,7 @@ class Server:
         await self._tidy()
         publishing = await self._publish(asyncio.sleep(0))
         rounds = self._history.rounds
-        last = rounds[-1].round if rounds else 0
+        last = self._history.num_rounds
         for task_id, client_id, staleness in self._ledger.folded_in(last):  # the first receipt may be lost
             receipt = m.Receipt(task_id=task_id, run_id=self._run_id, round=last, staleness=staleness)
             await self._outbound.put((client_id, receipt, self._app.rounds.timeout_s))
@@ -1138,6 +1161,8 @@ class Server:
         else:
             await asyncio.to_thread(self._persist_model, commit)
         self._history.rounds.append(record)
+        if self._keeps_rounds_on_disk:
+            self._history.forget_rounds(keep=_ROUNDS_IN_MEMORY)
 
     def _concerned(self, record: RoundRecord) -> list[tuple[str, str]]:
         """What those have done so far who had a part in the round; as of now, for it goes into another thread."""
@@ -1227,12 +1252,15 @@ class Server:
         def tidy(folder: RunFolder) -> None:
             with _disk():
                 if history is not None:
-                    folder.save_history(history)
+                    self._save_history(folder, history)
                     self._history_due_at = time.monotonic() + (time.monotonic() - began_at) / _HISTORY_SHARE
                 if self._durable_version is not None:
                     folder.settle_checkpoint(self._durable_version, keep=bases)
 
         await asyncio.to_thread(tidy, self._folder)
+
+    def _save_history(self, folder: RunFolder, history: History) -> None:
+        folder.save_history(history, self._ledger.record_texts(through=history.num_rounds))
 
     def _bases_in_use(self) -> set[int]:
         """The versions that somebody still works on, where the strategy needs them."""
@@ -1270,7 +1298,7 @@ class Server:
                 evaluation = await self._call_evaluate_fn(round, model)
             except ClientCodeError as exc:
                 self._tell(o.EvaluationFailed(round=round, reason=str(exc)))
-                record, evaluation = self._history.record(round), None
+                record, evaluation = self._record_of(round), None
                 if record is not None:
                     record.central_failed = str(exc)
                     self._ledger.note_record(record)
@@ -1294,7 +1322,7 @@ class Server:
         return Evaluation(loss=checked.loss, metrics=dict(checked.metrics))
 
     def _keep_central(self, round: int, evaluation: Evaluation) -> None:
-        record = self._history.record(round)
+        record = self._record_of(round)
         if record is None:
             self._history.initial = evaluation
             self._members_changed.set()
@@ -1322,7 +1350,7 @@ class Server:
             clients=len(reports),
             num_examples=sum(report.num_examples for report in reports),
         )
-        record = self._history.record(command.round)
+        record = self._record_of(command.round)
         assert record is not None
         record.federated = evaluation
         self._ledger.note_record(record)
@@ -1356,7 +1384,7 @@ class Server:
             o.RunFinished(
                 finished=command.finished,
                 reason=command.reason,
-                rounds=len(self._history.rounds),
+                rounds=self._history.num_rounds,
                 seconds=self._history.seconds,
             )
         )

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -331,13 +332,13 @@ async def test_what_is_written_to_disk_does_not_change_under_the_thread_that_wri
 ) -> None:
     save = RunFolder.save_history
 
-    def save_while_clients_come(folder: RunFolder, history: History) -> None:
+    def save_while_clients_come(folder: RunFolder, history: History, records: Iterable[str]) -> None:
         assert story.server is not None
         before = history.to_json()
         story.server.history.clients[f"late-{len(story.server.history.clients)}"] = ClientRecord(client_id="late")
         story.server.history.clients_joined.append("late")
         assert history.to_json() == before
-        save(folder, history)
+        save(folder, history, records)
 
     monkeypatch.setattr(RunFolder, "save_history", save_while_clients_come)
     async with federation(app_of(rounds={"num_rounds": 3, "fraction_evaluate": 0}), run_dir=tmp_path) as story:
