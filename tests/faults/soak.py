@@ -8,8 +8,9 @@ whoever ends is started again, as a supervisor does. Every few seconds memory, d
 are sampled, every minute the broker's own figures. At the end the run is stopped by SIGTERM, and the checker has the
 last word: no update lost, none folded twice, and a model that is, bit for bit, the one that the ledger tells.
 
-FOLDER receives vitals.csv, broker.csv, events.csv and summary.json. Exit code 1 when an update was lost or counted
-twice, the model is another, or a process ended with something else than an error in one line.
+SIGTERM makes the end come early. FOLDER receives vitals.csv, broker.csv, events.csv and summary.json. Exit code 1 when
+an update was lost or counted twice, the model is another, or a process ended with something else than an error in one
+line.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -83,6 +85,7 @@ class Soak:
         self._fleet = fleet
         self._rng = random.Random(seed)
         self._began_at = time.monotonic()
+        self._ends_at = self._lasted_s = 0.0
         self._vitals: list[Vitals] = []
         self._vitals_table = Table.of_vitals(out / "vitals.csv")
         self._broker_table = Table(out / "broker.csv", _BROKER_COLUMNS)
@@ -111,17 +114,22 @@ class Soak:
         self._counts[what] += 1
         self._events.add({"at_s": round(self._seconds(), 1), "what": what, "who": who, "detail": detail})
 
+    def end_early(self) -> None:
+        """Go on for the quiet time only."""
+        self._ends_at = min(self._ends_at, self._seconds() + _QUIET_S)
+
     def run(self, seconds: float) -> None:
         """Start everybody, go on for so long, and stop."""
         self._fleet.start()
         self._fleet.until(self._has_begun, "rounds", _STARTED_S)
         self._began_at = time.monotonic()
         self._due = {name: self._pause(mean_s) for name, (mean_s, _) in self._faults.items()}
+        self._ends_at = seconds
         next_look = next_question = 0.0
-        while self._seconds() < seconds:
+        while self._seconds() < self._ends_at:
             self._supervise()
             self._heal_links()
-            if self._seconds() < seconds - _QUIET_S:
+            if self._seconds() < self._ends_at - _QUIET_S:
                 self._do_due_faults()
             if self._seconds() >= next_look:
                 next_look = self._seconds() + _LOOK_S
@@ -130,6 +138,7 @@ class Soak:
                 next_question = self._seconds() + _ASK_BROKER_S
                 self._ask_broker()
             time.sleep(_TICK_S)
+        self._lasted_s = self._seconds()
         self._stop()
 
     def _has_begun(self) -> bool:
@@ -256,16 +265,16 @@ class Soak:
 
     # ---- what was found ------------------------------------------------------------------------------------------
 
-    def summary(self, seconds: float) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
         verdict, without_answer = verdict_on(self._fleet), unanswered(self._fleet)
         if without_answer:
             self.problems.append(f"{len(without_answer)} updates without an answer: {without_answer[:8]}")
         return {
-            "seconds": round(seconds),
+            "seconds": round(self._lasted_s),
             "faults": dict(self._counts),
             "ended by themselves": dict(self._endings),
-            "growth": growth(self._vitals, until_s=seconds),
+            "growth": growth(self._vitals, until_s=self._lasted_s),
             "verdict": {**verdict.to_json(), "text": str(verdict)},
             "problems": [*self.problems, *verdict.problems],
         }
@@ -327,11 +336,12 @@ def main() -> int:
         places = spread(settings.client_ids, network["office"], [network[name] for name in wards])
         with SpreadFleet(out, settings, bundles=bundles, places=places) as fleet:
             soak = Soak(site, fleet, out=out, pace=Pace().hurried(arguments.hurry), seed=arguments.seed)
+            signal.signal(signal.SIGTERM, lambda *_: soak.end_early())
             try:
                 soak.run(60 * arguments.minutes)
             except Stalled as exc:
                 soak.problems.append(str(exc))
-            summary = soak.summary(60 * arguments.minutes)
+            summary = soak.summary()
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     sys.stdout.write(json.dumps(summary, indent=2) + "\n")
     return 1 if summary["problems"] else 0
