@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
-from fedbus.bus.node import find_rabbitmq
+from fedbus.bus.node import PrivateNode, find_rabbitmq
 from fedbus.errors import BrokerMissing
+from tests.vhosts import Vhost, Vhosts, mend
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,34 @@ def rabbitmq_installed() -> None:
         if os.environ.get("CI"):
             pytest.fail(str(missing))
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def node(rabbitmq_installed: None) -> Iterator[PrivateNode]:
+    """One private node for all tests: take a `vhost` or queue names of your own, and do it no harm."""
+    with PrivateNode() as shared:
+        yield shared
+
+
+@pytest.fixture(scope="session")
+def vhosts(node: PrivateNode) -> Vhosts:
+    return Vhosts(node)
+
+
+@pytest.fixture
+def vhost(vhosts: Vhosts) -> Vhost:
+    """A place on the shared node that nobody has used: a whole federation may run there."""
+    return vhosts.take()
+
+
+@pytest.fixture(scope="session")
+def _breakable_node(rabbitmq_installed: None) -> Iterator[PrivateNode]:
+    with PrivateNode() as shared:
+        yield shared
+
+
+@pytest.fixture
+def breakable_node(_breakable_node: PrivateNode) -> PrivateNode:
+    """A private node that a test may kill, stop or alarm: it is whole again at the end, or the next one shows it."""
+    mend(_breakable_node)
+    return _breakable_node

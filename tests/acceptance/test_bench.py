@@ -10,17 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fedbus.bus.node import PrivateNode
 from tests.acceptance.conftest import Shell, last_json, poll
+from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
 
 SMALL = ("--clients", "2", "--model-mib", "0.25", "--rounds", "4")
-
-
-def queues(node: PrivateNode, prefix: str) -> list[str]:
-    names = node.rabbitmqctl("list_queues", "name", "--no-table-headers").split()
-    return [name for name in names if name.startswith(prefix)]
 
 
 def test_a_small_measurement_tells_plausible_figures_and_leaves_nothing_behind(shell: Shell) -> None:
@@ -41,34 +36,33 @@ def test_a_small_measurement_tells_plausible_figures_and_leaves_nothing_behind(s
     assert list(shell.folder.iterdir()) == []
 
 
-def test_people_get_a_table_with_units(shell: Shell) -> None:
-    done = shell.run("bench", "round", *SMALL, "--run-dir", "kept")
+def test_people_get_a_table_with_units(shell: Shell, vhost: Vhost) -> None:
+    done = shell.run("bench", "round", *SMALL, "--run-dir", "kept", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     for word in ("p50", " ms", "MiB", "ratio", "floor: bare aiormq"):
         assert word in done.stdout
     assert len(json.loads((shell.folder / "kept" / "history.json").read_text())["rounds"]) == 5
 
 
-def test_on_a_shared_broker_the_floor_takes_its_queues_away_again(shell: Shell) -> None:
-    with PrivateNode() as node:
-        done = shell.run("bench", "round", *SMALL, "--json", "--broker", node.url)
-        assert done.returncode == 0, done.stderr
-        assert queues(node, "fedbus.updates") == ["fedbus.updates"]
-        assert queues(node, "fedbus.floor") == []
+def test_on_a_shared_broker_the_floor_takes_its_queues_away_again(shell: Shell, vhost: Vhost) -> None:
+    done = shell.run("bench", "round", *SMALL, "--json", "--broker", vhost.url)
+    assert done.returncode == 0, done.stderr
+    assert vhost.queues("fedbus.updates") == ["fedbus.updates"]
+    assert vhost.queues("fedbus.floor") == []
     found = last_json(done.stdout)
     assert found["broker_rss_mib"] is None
     assert found["server_egress_mib_per_round"] is None
 
 
-def test_the_floor_ends_with_whoever_started_it(shell: Shell) -> None:
-    with PrivateNode() as node:
-        command = [sys.executable, "-m", "fedbus.bench.floor", node.url, "2", "4096", "1000000", "plain"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=shell.env) as floor:
-            poll(lambda: len(queues(node, "fedbus.floor")) == 5, 20)
-            assert floor.stdin is not None
-            floor.stdin.close()
-            assert floor.wait(20) != 0
-        assert queues(node, "fedbus.floor") == []
+def test_the_floor_ends_with_whoever_started_it(shell: Shell, vhost: Vhost) -> None:
+    command = [sys.executable, "-m", "fedbus.bench.floor", "2", "4096", "1000000", "plain"]
+    env = {**shell.env, "FEDBUS_BROKER": vhost.url}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env) as floor:
+        poll(lambda: len(vhost.queues("fedbus.floor")) == 5, 20)
+        assert floor.stdin is not None
+        floor.stdin.close()
+        assert floor.wait(20) != 0
+    assert vhost.queues("fedbus.floor") == []
 
 
 def test_ctrl_c_ends_everything_in_one_line(shell: Shell) -> None:

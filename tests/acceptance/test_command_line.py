@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedbus.bus.node import PrivateNode
 from fedbus.server.checkpoint import load_model
 from tests.acceptance.conftest import Shell, last_json, poll
+from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
 
@@ -96,7 +98,7 @@ def test_run_gives_the_hand_computed_weighted_mean(shell: Shell) -> None:
     np.testing.assert_allclose(load_model(shell.folder / "out" / "model.safetensors")["0"], [3 * step] * 3, atol=1e-6)
 
 
-def test_a_model_of_many_parts_passes_through_segment_after_segment_of_the_stream(shell: Shell) -> None:
+def test_a_model_of_many_parts_passes_through_segment_after_segment_of_the_stream(shell: Shell, vhost: Vhost) -> None:
     source = """
 import numpy as np
 import fedbus as fb
@@ -114,13 +116,14 @@ app = fb.App(
     rounds=fb.RoundConfig(num_rounds=12, min_fit_clients=2, fraction_evaluate=0),
 )
 """
-    done = shell.run("run", write(shell.folder, source), "--clients", "2", "--run-dir", "out", "--json")
+    app = write(shell.folder, source)
+    done = shell.run("run", app, "--clients", "2", "--run-dir", "out", "--json", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout)["updates"] == 24  # 240 MiB through a stream of 64 MiB segments
     assert np.unique(load_model(shell.folder / "out" / "model.safetensors")["w"]).tolist() == [12]
 
 
-def test_one_client_with_all_the_digits_equals_training_them_alone(shell: Shell) -> None:
+def test_one_client_with_all_the_digits_equals_training_them_alone(shell: Shell, vhost: Vhost) -> None:
     source = """
 import dataclasses
 from fedbus.examples import digits
@@ -128,7 +131,8 @@ import fedbus as fb
 rounds = fb.RoundConfig(num_rounds=2, min_fit_clients=1)
 app = dataclasses.replace(digits.app, rounds=rounds, fit_config={"local_epochs": 1})
 """
-    done = shell.run("run", write(shell.folder, source), "--clients", "1", "--run-dir", "out")
+    app = write(shell.folder, source)
+    done = shell.run("run", app, "--clients", "1", "--run-dir", "out", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     from fedbus.examples import digits
     from fedbus.training.base import ClientContext
@@ -238,26 +242,21 @@ def test_an_unknown_option_is_exit_code_2(shell: Shell) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_broker_that_cannot_be_used_is_one_line_and_exit_code_1(shell: Shell) -> None:
+def test_a_broker_that_cannot_be_used_is_one_line_and_exit_code_1(shell: Shell, node: PrivateNode) -> None:
     write(shell.folder, ADDING_APP, "good.py")
-    started = shell.run("broker", "start", "--json")
-    try:
-        url = last_json(started.stdout)["url"]
-        assert isinstance(url, str)
-        secret = url.split(":")[2].split("@")[0]
-        cases = {
-            f"amqp://127.0.0.1:{refused_port()}/": "no broker answers at amqp://127.0.0.1",
-            url.replace(secret, "wrong"): "refuses the user or the password",
-            f"{url.rstrip('/')}/nowhere": "refuses the vhost 'nowhere'",
-        }
-        for broker, message in cases.items():
-            for command in (["server", "good.py"], ["client", "good.py", "--id", "a"]):
-                done = shell.run(*command, "--broker", broker)
-                assert done.returncode == 1, done.stderr
-                assert message in one_line(done.stderr)
-                assert secret not in done.stdout + done.stderr
-    finally:
-        shell.run("broker", "stop")
+    url = node.url
+    secret = url.split(":")[2].split("@")[0]
+    cases = {
+        f"amqp://127.0.0.1:{refused_port()}/": "no broker answers at amqp://127.0.0.1",
+        url.replace(secret, "wrong"): "refuses the user or the password",
+        f"{url}nowhere": "refuses the vhost 'nowhere'",
+    }
+    for broker, message in cases.items():
+        for command in (["server", "good.py"], ["client", "good.py", "--id", "a"]):
+            done = shell.run(*command, "--broker", broker)
+            assert done.returncode == 1, done.stderr
+            assert message in one_line(done.stderr)
+            assert secret not in done.stdout + done.stderr
 
 
 def test_a_missing_rabbitmq_and_a_taken_port_are_one_line_and_exit_code_1(shell: Shell) -> None:
@@ -304,8 +303,9 @@ app = fb.App(
 """
 
 
-def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(shell: Shell) -> None:
-    done = shell.run("run", write(shell.folder, ODD_CLIENTS), "--clients", "6", "--run-dir", "out")
+def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(shell: Shell, vhost: Vhost) -> None:
+    app = write(shell.folder, ODD_CLIENTS)
+    done = shell.run("run", app, "--clients", "6", "--run-dir", "out", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     for record in history_of(shell.folder / "out")["rounds"]:
@@ -329,23 +329,19 @@ def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(shell:
 SLOW_APP = ADDING_APP.replace("GATED = False", "GATED = True").replace("num_rounds=3", "num_rounds=6")
 
 
-def test_sigterm_ends_server_and_client_gracefully(shell: Shell) -> None:
+def test_sigterm_ends_server_and_client_gracefully(shell: Shell, vhost: Vhost) -> None:
     app = write(shell.folder, SLOW_APP.replace("min_fit_clients=3", "min_fit_clients=2"))
-    shell.run("broker", "start")
-    try:
-        server = shell.start("server", app, "--run-dir", "out")
-        leaving, staying = (shell.start("client", app, "--id", name) for name in ("c1", "c2"))
-        server.until("round 4: 2 clients tasked")
-        leaving.signal(signal.SIGTERM)  # in the middle of its fit
-        assert leaving.end() == 0
-        server.until("c1 left: it was asked to stop")
-        server.signal(signal.SIGTERM)
-        assert (server.end(), staying.end()) == (1, 1)
-        assert "fedbus: the run ended after 3 rounds: stopped by SIGTERM" in server.output
-        assert "the server ended the run early: stopped by SIGTERM" in staying.output
-        assert "Traceback" not in server.output + leaving.output + staying.output
-    finally:
-        shell.run("broker", "stop")
+    server = shell.start("server", app, "--run-dir", "out", "--broker", vhost.url)
+    leaving, staying = (shell.start("client", app, "--id", name, "--broker", vhost.url) for name in ("c1", "c2"))
+    server.until("round 4: 2 clients tasked")
+    leaving.signal(signal.SIGTERM)  # in the middle of its fit
+    assert leaving.end() == 0
+    server.until("c1 left: it was asked to stop")
+    server.signal(signal.SIGTERM)
+    assert (server.end(), staying.end()) == (1, 1)
+    assert "fedbus: the run ended after 3 rounds: stopped by SIGTERM" in server.output
+    assert "the server ended the run early: stopped by SIGTERM" in staying.output
+    assert "Traceback" not in server.output + leaving.output + staying.output
     history = history_of(shell.folder / "out")
     assert (history["finished"], len(history["rounds"]), history["clients_left"]) == (False, 3, ["c1"])
 
@@ -360,18 +356,19 @@ def test_however_a_run_is_ended_nothing_of_it_is_left(shell: Shell, number: sign
     poll(lambda: not shell.leftovers(), 15, shell.leftovers)
 
 
-def test_a_slow_evaluate_fn_is_waited_for_when_the_clients_are_gone(shell: Shell) -> None:
+def test_a_slow_evaluate_fn_is_waited_for_when_the_clients_are_gone(shell: Shell, vhost: Vhost) -> None:
     slow = 'evaluate_fn=lambda round, model: time.sleep(3 * (round == 3)) or (float(model["0"][0]), {})'
     source = ADDING_APP.replace('evaluate_fn=lambda round, model: (float(model["0"][0]), {})', slow)
-    done = shell.run("run", write(shell.folder, source), "--clients", "3", "--run-dir", "out")
+    app = write(shell.folder, source)
+    done = shell.run("run", app, "--clients", "3", "--run-dir", "out", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     assert history_of(shell.folder / "out")["rounds"][2]["central"]["loss"] > 0
 
 
-def test_a_client_process_that_dies_in_a_run_is_noticed_and_the_run_goes_on(shell: Shell) -> None:
+def test_a_client_process_that_dies_in_a_run_is_noticed_and_the_run_goes_on(shell: Shell, vhost: Vhost) -> None:
     rounds = "min_fit_clients=2, min_available_clients=3, grace_s=float('inf')"  # each round waits for the living
     app = write(shell.folder, SLOW_APP.replace("min_fit_clients=3", rounds))
-    run = shell.start("run", app, "--clients", "3", "--run-dir", "out", "--log-json")
+    run = shell.start("run", app, "--clients", "3", "--run-dir", "out", "--log-json", "--broker", vhost.url)
     run.until('"event": "round_opened"')
     poll(lambda: any(e.get("round") == 4 for e in events(run.output) if e["event"] == "round_opened"), 30)
     os.kill(pid_of(shell, "client-02"), signal.SIGKILL)

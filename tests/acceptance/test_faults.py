@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,11 +28,10 @@ SMALL = Settings(clients=3, rounds=4, fit_s=0.02)
 THREE_PARTS = replace(SMALL, model_bytes=2_500_000)
 
 
-@pytest.fixture(scope="module")
-def node(rabbitmq_installed: None) -> Iterator[PrivateNode]:
-    """One private node for all runs here: each cleans up after itself, or the next one shows it."""
-    with PrivateNode() as shared:
-        yield shared
+@pytest.fixture
+def node(breakable_node: PrivateNode) -> PrivateNode:
+    """The same one for all runs here: each cleans up after itself, or the next one shows it."""
+    return breakable_node
 
 
 def check_sound(fleet: Fleet, settings: Settings) -> None:

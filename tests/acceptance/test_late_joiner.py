@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from fedbus.bus.node import PrivateNode
 from tests.acceptance.conftest import Shell, poll
+from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
 
@@ -42,29 +41,23 @@ app = fb.App(
 '''
 
 
-@pytest.fixture(scope="module")
-def node(rabbitmq_installed: None) -> Iterator[PrivateNode]:
-    with PrivateNode() as shared:
-        yield shared
-
-
-def octets_from_server(node: PrivateNode) -> int:
+def octets_from_server(vhost: Vhost) -> int:
     """What the broker has received over the server's connections."""
-    rows = node.rabbitmqctl("list_connections", "recv_oct", "client_properties").splitlines()
-    return sum(int(row.split("\t")[0]) for row in rows if "fedbus server" in row)
+    rows = vhost.node.rabbitmqctl("list_connections", "recv_oct", "vhost", "client_properties").splitlines()
+    return sum(int(row.split("\t")[0]) for row in rows if vhost.name in row and "fedbus server" in row)
 
 
-def test_a_late_joiners_first_model_costs_the_server_nothing(shell: Shell, node: PrivateNode) -> None:
+def test_a_late_joiners_first_model_costs_the_server_nothing(shell: Shell, vhost: Vhost) -> None:
     (shell.folder / "app.py").write_text(APP)
-    server = shell.start("server", "app.py", "--broker", node.url, "--run-dir", "out")
-    first = [shell.start("client", "app.py", "--id", name, "--broker", node.url) for name in ("c1", "c2")]
+    server = shell.start("server", "app.py", "--broker", vhost.url, "--run-dir", "out")
+    first = [shell.start("client", "app.py", "--id", name, "--broker", vhost.url) for name in ("c1", "c2")]
     poll(lambda: all((shell.folder / f"has-model-{name}").exists() for name in ("c1", "c2")), 30)
     time.sleep(0.5)
-    before = octets_from_server(node)
+    before = octets_from_server(vhost)
     assert before > 12 * MIB  # the model itself, once
-    late = shell.start("client", "app.py", "--id", "c3", "--broker", node.url)
+    late = shell.start("client", "app.py", "--id", "c3", "--broker", vhost.url)
     poll(lambda: (shell.folder / "has-model-c3").exists(), 30)
-    spent = octets_from_server(node) - before
+    spent = octets_from_server(vhost) - before
     assert spent < 10_000, f"{spent} bytes: its task, its welcome and heartbeats are all there should be"
     (shell.folder / "gate").touch()
     assert [terminal.end() for terminal in (server, *first, late)] == [0, 0, 0, 0]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedbus.bus.node import PrivateNode
 from tests.acceptance.conftest import Shell, last_json
+from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
 
@@ -43,18 +42,18 @@ app = fb.App(client_fn=Client, initial_parameters=[np.zeros(3)], rounds=ROUNDS)
 
 
 class Run:
-    """A server and its clients on one node, each in a terminal of its own."""
+    """A server and its clients in one vhost, each in a terminal of its own."""
 
-    def __init__(self, shell: Shell, node: PrivateNode, **words: str) -> None:
+    def __init__(self, shell: Shell, vhost: Vhost, **words: str) -> None:
         source = APP
         for word, text in {"GATED": "()", "SECONDS": "{}", **words}.items():
             source = source.replace(word, text)
         (shell.folder / "app.py").write_text(source)
-        self.shell, self.node = shell, node
+        self.shell, self.vhost = shell, vhost
         self.server = self.start("server", "--run-dir", "run", "--log-json")
 
     def start(self, command: str, *args: str) -> Any:
-        return self.shell.start(command, "app.py", "--broker", self.node.url, *args)
+        return self.shell.start(command, "app.py", "--broker", self.vhost.url, *args)
 
     def client(self, name: str) -> Any:
         return self.start("client", "--id", name)
@@ -82,18 +81,12 @@ class Run:
             db.close()
 
 
-@pytest.fixture
-def node() -> Iterator[PrivateNode]:
-    with PrivateNode() as running:
-        yield running
-
-
 def test_half_of_the_clients_are_killed_for_good_and_new_ones_join_and_all_rounds_close(
-    shell: Shell, node: PrivateNode
+    shell: Shell, vhost: Vhost
 ) -> None:
     run = Run(
         shell,
-        node,
+        vhost,
         GATED="(3, 6)",
         ROUNDS="fb.RoundConfig.synchronous(4, num_rounds=10, timeout_s=60, min_available_clients=6, lease_s=10)",
     )
@@ -122,11 +115,11 @@ def test_half_of_the_clients_are_killed_for_good_and_new_ones_join_and_all_round
 
 
 def test_updates_that_always_take_longer_than_the_timeout_count_and_no_version_is_trained_twice(
-    shell: Shell, node: PrivateNode
+    shell: Shell, vhost: Vhost
 ) -> None:
     run = Run(
         shell,
-        node,
+        vhost,
         SECONDS="{'slow': 2.5, 'fast': 0.3}",
         ROUNDS="fb.RoundConfig(num_rounds=12, min_fit_clients=2, timeout_s=1, fraction_evaluate=0)",
     )
@@ -143,9 +136,9 @@ def test_updates_that_always_take_longer_than_the_timeout_count_and_no_version_i
     assert history["clients"]["slow"]["failed"] == 0
 
 
-def test_the_stragglers_of_a_measurement_count_and_nobody_waits_for_them(shell: Shell) -> None:
+def test_the_stragglers_of_a_measurement_count_and_nobody_waits_for_them(shell: Shell, vhost: Vhost) -> None:
     sizes = ("--fast", "3", "--slow", "1", "--fast-s", "0.1", "--slow-s", "0.8", "--rounds", "20")
-    done = shell.run("bench", "stragglers", *sizes, "--model-mib", "0.25", "--json")
+    done = shell.run("bench", "stragglers", *sizes, "--model-mib", "0.25", "--json", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     found = last_json(done.stdout)
     assert found["updates"] == 60

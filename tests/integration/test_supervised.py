@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -33,13 +33,6 @@ from fedbus.errors import (
 from tests.faults.proxy import Proxy
 
 NOBODY = "amqp://u:secret@127.0.0.1:1/v"
-
-
-@pytest.fixture(scope="module")
-def own_node(rabbitmq_installed: None) -> Iterator[PrivateNode]:
-    """A node that the tests here may kill and alarm."""
-    with PrivateNode() as node:
-        yield node
 
 
 @pytest.fixture
@@ -83,13 +76,13 @@ def kinds(states: list[LinkState]) -> list[str]:
 
 @pytest.mark.broker
 async def test_every_confirmed_message_outlives_the_broker(
-    own_node: PrivateNode, name: str, states: list[LinkState]
+    breakable_node: PrivateNode, name: str, states: list[LinkState]
 ) -> None:
     confirmed: list[int] = []
     received: set[int] = set()
     followed: dict[int, int] = {}
     stream = f"{name}.stream"
-    async with supervised(own_node.url, states) as publisher, supervised(own_node.url) as reader:
+    async with supervised(breakable_node.url, states) as publisher, supervised(breakable_node.url) as reader:
         await publisher.declare(topology(name, kind="quorum"))
         await publisher.declare(
             Topology(queues=(Queue(name=stream, kind="stream"),), bindings=(Binding(exchange=name, queue=stream),))
@@ -117,9 +110,9 @@ async def test_every_confirmed_message_outlives_the_broker(
         publishing = asyncio.create_task(publish())
         reading = asyncio.gather(read(), follow())
         await until(lambda: len(confirmed) > 50 and len(received) > 20)
-        await asyncio.to_thread(own_node.kill)
+        await asyncio.to_thread(breakable_node.kill)
         before = len(confirmed)
-        await asyncio.to_thread(own_node.restart)
+        await asyncio.to_thread(breakable_node.restart)
         await until(lambda: len(confirmed) > before + 20)
         publishing.cancel()
         await asyncio.wait([publishing])
@@ -139,15 +132,15 @@ async def test_every_confirmed_message_outlives_the_broker(
 
 @pytest.mark.broker
 async def test_an_alarm_makes_publishers_wait_and_nobody_else(
-    own_node: PrivateNode, name: str, states: list[LinkState]
+    breakable_node: PrivateNode, name: str, states: list[LinkState]
 ) -> None:
-    url = f"{own_node.url}?heartbeat=1"  # it must not end the blocked connection
+    url = f"{breakable_node.url}?heartbeat=1"  # it must not end the blocked connection
     async with supervised(url, states) as bus, supervised(url) as reader:
         await bus.declare(topology(name))
         for body in (b"1", b"2"):
             await bus.publish(name, "", body)
         async with reader.consume(name, prefetch=1) as consumer:
-            await asyncio.to_thread(own_node.rabbitmqctl, "set_vm_memory_high_watermark", "absolute", "1")
+            await asyncio.to_thread(breakable_node.rabbitmqctl, "set_vm_memory_high_watermark", "absolute", "1")
             try:
                 publish = asyncio.create_task(bus.publish(name, "", bytes(1 << 20)))
                 async with supervised(url) as closing:
@@ -160,7 +153,7 @@ async def test_an_alarm_makes_publishers_wait_and_nobody_else(
                     assert delivery.body == body
                 assert not publish.done()
             finally:
-                await asyncio.to_thread(own_node.rabbitmqctl, "set_vm_memory_high_watermark", "0.4")
+                await asyncio.to_thread(breakable_node.rabbitmqctl, "set_vm_memory_high_watermark", "0.4")
             await publish
         await bus.delete_queue(name)
     assert waiting.exception() is not None
