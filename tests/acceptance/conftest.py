@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
+
+from tests import forked
 
 FEDBUS = Path(sys.executable).with_name("fedbus")
 
@@ -41,9 +44,14 @@ class Shell:
 
     def start(self, *args: str) -> Terminal:
         """Start a command that goes on, as in a terminal of its own."""
-        terminal = Terminal(args, self.folder / f"terminal-{len(self._started)}.log", self)
+        log = self.folder / f"terminal-{len(self._started)}.log"
+        with log.open("wb") as out:
+            terminal = Terminal(self._launch(args, out), log)
         self._started.append(terminal)
         return terminal
+
+    def _launch(self, args: tuple[str, ...], out: IO[bytes]) -> subprocess.Popen[bytes] | forked.Process:
+        return subprocess.Popen([FEDBUS, *args], cwd=self.folder, env=self.env, stdout=out, stderr=subprocess.STDOUT)
 
     def leftovers(self) -> list[str]:
         """Command lines of the processes with our mark that still run."""
@@ -61,15 +69,38 @@ class Shell:
             terminal.kill()
 
 
+class QuickShell(Shell):
+    """Forks `fedbus` from a process that has imported it: for tests of what comes afterwards, see `tests.forked`."""
+
+    def run(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = self._fork(args, {**self.env, **env}, out, err)
+            try:
+                code = process.wait(110)
+            finally:
+                process.kill()
+            out.seek(0)
+            err.seek(0)
+            return subprocess.CompletedProcess(["fedbus", *args], code, out.read(), err.read())
+
+    def leftovers(self) -> list[str]:
+        """The mark is not in the environment that a forked process shows, but in that of all whom it starts."""
+        forks = [f"forked {terminal.process.pid}" for terminal in self._started if terminal.process.poll() is None]
+        return forks + super().leftovers()
+
+    def _launch(self, args: tuple[str, ...], out: IO[bytes]) -> forked.Process:
+        return self._fork(args, self.env, out, out)
+
+    def _fork(self, args: tuple[str, ...], env: dict[str, str], out: IO[Any], err: IO[Any]) -> forked.Process:
+        return forked.start(forked.FEDBUS, *args, cwd=self.folder, env=env, out=out.fileno(), err=err.fileno())
+
+
 class Terminal:
     """One running command and what it prints."""
 
-    def __init__(self, args: tuple[str, ...], log: Path, shell: Shell) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | forked.Process, log: Path) -> None:
+        self.process = process
         self._log = log
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [FEDBUS, *args], cwd=shell.folder, env=shell.env, stdout=out, stderr=subprocess.STDOUT
-            )
 
     @property
     def output(self) -> str:
@@ -114,6 +145,19 @@ def shell(tmp_path: Path, rabbitmq_installed: None) -> Iterator[Shell]:
     """A shell whose processes are all gone at the end of the test, or the test fails."""
     its_shell = Shell(tmp_path)
     yield its_shell
-    its_shell.close()
+    end(its_shell)
+
+
+@pytest.fixture
+def quick_shell(tmp_path: Path) -> Iterator[QuickShell]:
+    """The same, with commands that need not import anything first, and no RabbitMQ of their own."""
+    its_shell = QuickShell(tmp_path)
+    yield its_shell
+    end(its_shell)
+
+
+def end(shell: Shell) -> None:
+    """Nothing of it may be left behind."""
+    shell.close()
     if Path("/proc").is_dir():
-        poll(lambda: not its_shell.leftovers(), 10, its_shell.leftovers)
+        poll(lambda: not shell.leftovers(), 10, shell.leftovers)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import Shell, last_json, poll
+from tests.acceptance.conftest import QuickShell, Shell, last_json, poll
 from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
@@ -77,8 +77,8 @@ def test_ctrl_c_ends_everything_in_one_line(shell: Shell) -> None:
 @pytest.mark.parametrize(
     "wrong", [("--clients", "0"), ("--rounds", "2"), ("--model-mib", "0"), ("--model-mib", "-1"), ("--model-mib", "x")]
 )
-def test_arguments_that_cannot_work_are_told_in_time(shell: Shell, wrong: tuple[str, str]) -> None:
-    done = shell.run("bench", "round", *wrong)
+def test_arguments_that_cannot_work_are_told_in_time(quick_shell: QuickShell, wrong: tuple[str, str]) -> None:
+    done = quick_shell.run("bench", "round", *wrong)
     assert done.returncode == 2
     assert wrong[0] in done.stderr
-    assert list(shell.folder.iterdir()) == []
+    assert list(quick_shell.folder.iterdir()) == []

@@ -14,7 +14,7 @@ import pytest
 
 from fedbus.bus.node import PrivateNode
 from fedbus.server.checkpoint import load_model
-from tests.acceptance.conftest import Shell, last_json, poll
+from tests.acceptance.conftest import QuickShell, Shell, last_json, poll
 from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
@@ -98,7 +98,9 @@ def test_run_gives_the_hand_computed_weighted_mean(shell: Shell) -> None:
     np.testing.assert_allclose(load_model(shell.folder / "out" / "model.safetensors")["0"], [3 * step] * 3, atol=1e-6)
 
 
-def test_a_model_of_many_parts_passes_through_segment_after_segment_of_the_stream(shell: Shell, vhost: Vhost) -> None:
+def test_a_model_of_many_parts_passes_through_segment_after_segment_of_the_stream(
+    quick_shell: QuickShell, vhost: Vhost
+) -> None:
     source = """
 import numpy as np
 import fedbus as fb
@@ -116,11 +118,11 @@ app = fb.App(
     rounds=fb.RoundConfig(num_rounds=12, min_fit_clients=2, fraction_evaluate=0),
 )
 """
-    app = write(shell.folder, source)
-    done = shell.run("run", app, "--clients", "2", "--run-dir", "out", "--json", "--broker", vhost.url)
+    app = write(quick_shell.folder, source)
+    done = quick_shell.run("run", app, "--clients", "2", "--run-dir", "out", "--json", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout)["updates"] == 24  # 240 MiB through a stream of 64 MiB segments
-    assert np.unique(load_model(shell.folder / "out" / "model.safetensors")["w"]).tolist() == [12]
+    assert np.unique(load_model(quick_shell.folder / "out" / "model.safetensors")["w"]).tolist() == [12]
 
 
 def test_one_client_with_all_the_digits_equals_training_them_alone(shell: Shell, vhost: Vhost) -> None:
@@ -201,13 +203,13 @@ def one_line(text: str) -> str:
 
 
 @pytest.mark.parametrize("reference", BAD_APPS)
-def test_a_wrong_app_is_one_line_and_exit_code_2(shell: Shell, reference: str) -> None:
-    write(shell.folder, ADDING_APP, "good.py")
-    write(shell.folder, "1 / 0", "broken.py")
-    write(shell.folder, "def", "syntax.py")
-    write(shell.folder, "import fedbus\napp = fedbus.RoundConfig(heartbeat_s=5, lease_s=2)", "config.py")
+def test_a_wrong_app_is_one_line_and_exit_code_2(quick_shell: QuickShell, reference: str) -> None:
+    write(quick_shell.folder, ADDING_APP, "good.py")
+    write(quick_shell.folder, "1 / 0", "broken.py")
+    write(quick_shell.folder, "def", "syntax.py")
+    write(quick_shell.folder, "import fedbus\napp = fedbus.RoundConfig(heartbeat_s=5, lease_s=2)", "config.py")
     for command in (["server", reference], ["client", reference, "--id", "a"], ["run", reference]):
-        done = shell.run(*command)
+        done = quick_shell.run(*command)
         assert done.returncode == 2, done.stderr
         assert BAD_APPS[reference] in one_line(done.stderr)
 
@@ -229,21 +231,21 @@ def test_a_wrong_app_is_one_line_and_exit_code_2(shell: Shell, reference: str) -
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_usage_is_one_line(shell: Shell, args: list[str], code: int, message: str) -> None:
-    write(shell.folder, ADDING_APP, "good.py")
-    done = shell.run(*args)
+def test_wrong_usage_is_one_line(quick_shell: QuickShell, args: list[str], code: int, message: str) -> None:
+    write(quick_shell.folder, ADDING_APP, "good.py")
+    done = quick_shell.run(*args)
     assert done.returncode == code, done.stderr
     assert message in one_line(done.stderr)
 
 
-def test_an_unknown_option_is_exit_code_2(shell: Shell) -> None:
-    done = shell.run("run", "--colour", "blue")
+def test_an_unknown_option_is_exit_code_2(quick_shell: QuickShell) -> None:
+    done = quick_shell.run("run", "--colour", "blue")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
-def test_a_broker_that_cannot_be_used_is_one_line_and_exit_code_1(shell: Shell, node: PrivateNode) -> None:
-    write(shell.folder, ADDING_APP, "good.py")
+def test_a_broker_that_cannot_be_used_is_one_line_and_exit_code_1(quick_shell: QuickShell, node: PrivateNode) -> None:
+    write(quick_shell.folder, ADDING_APP, "good.py")
     url = node.url
     secret = url.split(":")[2].split("@")[0]
     cases = {
@@ -253,23 +255,23 @@ def test_a_broker_that_cannot_be_used_is_one_line_and_exit_code_1(shell: Shell, 
     }
     for broker, message in cases.items():
         for command in (["server", "good.py"], ["client", "good.py", "--id", "a"]):
-            done = shell.run(*command, "--broker", broker)
+            done = quick_shell.run(*command, "--broker", broker)
             assert done.returncode == 1, done.stderr
             assert message in one_line(done.stderr)
             assert secret not in done.stdout + done.stderr
 
 
-def test_a_missing_rabbitmq_and_a_taken_port_are_one_line_and_exit_code_1(shell: Shell) -> None:
-    write(shell.folder, ADDING_APP, "good.py")
+def test_a_missing_rabbitmq_and_a_taken_port_are_one_line_and_exit_code_1(quick_shell: QuickShell) -> None:
+    write(quick_shell.folder, ADDING_APP, "good.py")
     for command in (["run", "good.py", "--clients", "3"], ["broker", "start"], ["demo"]):
-        done = shell.run(*command, FEDBUS_RABBITMQ=str(shell.folder))
+        done = quick_shell.run(*command, FEDBUS_RABBITMQ=str(quick_shell.folder))
         assert done.returncode == 1
         assert "holds no rabbitmq-server" in one_line(done.stderr)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = shell.run("broker", "start", "--port", str(port))
+        done = quick_shell.run("broker", "start", "--port", str(port))
     assert done.returncode == 1
     assert f"port {port} " in one_line(done.stderr)
 
@@ -303,12 +305,14 @@ app = fb.App(
 """
 
 
-def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(shell: Shell, vhost: Vhost) -> None:
-    app = write(shell.folder, ODD_CLIENTS)
-    done = shell.run("run", app, "--clients", "6", "--run-dir", "out", "--broker", vhost.url)
+def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(
+    quick_shell: QuickShell, vhost: Vhost
+) -> None:
+    app = write(quick_shell.folder, ODD_CLIENTS)
+    done = quick_shell.run("run", app, "--clients", "6", "--run-dir", "out", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    for record in history_of(shell.folder / "out")["rounds"]:
+    for record in history_of(quick_shell.folder / "out")["rounds"]:
         assert clients_of(record) == {"client-01", "client-06"}
         assert record["failed"] == {
             "client-02": "fit raised RuntimeError: the disk is full",
@@ -316,10 +320,10 @@ def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(shell:
             "client-04": "num_examples is 0: an update needs at least one example",
             "client-05": "tensor '0' holds NaN or infinite values: did the training diverge?",
         }
-    assert load_model(shell.folder / "out" / "model.safetensors")["0"].tolist() == [2, 2, 2]
-    log = (shell.folder / "out" / "logs" / "client-05.log").read_text()
+    assert load_model(quick_shell.folder / "out" / "model.safetensors")["0"].tolist() == [2, 2, 2]
+    log = (quick_shell.folder / "out" / "logs" / "client-05.log").read_text()
     assert "the server refused the update: tensor '0' holds NaN" in log
-    raised = (shell.folder / "out" / "logs" / "client-02.log").read_text()
+    raised = (quick_shell.folder / "out" / "logs" / "client-02.log").read_text()
     assert 'raise RuntimeError("the disk is full")' in raised  # the whole traceback, in the client's own log
     assert "client-02 failed to fit: fit raised RuntimeError: the disk is full" in done.stdout
 
@@ -329,10 +333,10 @@ def test_what_clients_do_wrong_is_refused_or_reported_and_the_run_goes_on(shell:
 SLOW_APP = ADDING_APP.replace("GATED = False", "GATED = True").replace("num_rounds=3", "num_rounds=6")
 
 
-def test_sigterm_ends_server_and_client_gracefully(shell: Shell, vhost: Vhost) -> None:
-    app = write(shell.folder, SLOW_APP.replace("min_fit_clients=3", "min_fit_clients=2"))
-    server = shell.start("server", app, "--run-dir", "out", "--broker", vhost.url)
-    leaving, staying = (shell.start("client", app, "--id", name, "--broker", vhost.url) for name in ("c1", "c2"))
+def test_sigterm_ends_server_and_client_gracefully(quick_shell: QuickShell, vhost: Vhost) -> None:
+    app = write(quick_shell.folder, SLOW_APP.replace("min_fit_clients=3", "min_fit_clients=2"))
+    server = quick_shell.start("server", app, "--run-dir", "out", "--broker", vhost.url)
+    leaving, staying = (quick_shell.start("client", app, "--id", name, "--broker", vhost.url) for name in ("c1", "c2"))
     server.until("round 4: 2 clients tasked")
     leaving.signal(signal.SIGTERM)  # in the middle of its fit
     assert leaving.end() == 0
@@ -342,7 +346,7 @@ def test_sigterm_ends_server_and_client_gracefully(shell: Shell, vhost: Vhost) -
     assert "fedbus: the run ended after 3 rounds: stopped by SIGTERM" in server.output
     assert "the server ended the run early: stopped by SIGTERM" in staying.output
     assert "Traceback" not in server.output + leaving.output + staying.output
-    history = history_of(shell.folder / "out")
+    history = history_of(quick_shell.folder / "out")
     assert (history["finished"], len(history["rounds"]), history["clients_left"]) == (False, 3, ["c1"])
 
 
@@ -356,27 +360,29 @@ def test_however_a_run_is_ended_nothing_of_it_is_left(shell: Shell, number: sign
     poll(lambda: not shell.leftovers(), 15, shell.leftovers)
 
 
-def test_a_slow_evaluate_fn_is_waited_for_when_the_clients_are_gone(shell: Shell, vhost: Vhost) -> None:
+def test_a_slow_evaluate_fn_is_waited_for_when_the_clients_are_gone(quick_shell: QuickShell, vhost: Vhost) -> None:
     slow = 'evaluate_fn=lambda round, model: time.sleep(3 * (round == 3)) or (float(model["0"][0]), {})'
     source = ADDING_APP.replace('evaluate_fn=lambda round, model: (float(model["0"][0]), {})', slow)
-    app = write(shell.folder, source)
-    done = shell.run("run", app, "--clients", "3", "--run-dir", "out", "--broker", vhost.url)
+    app = write(quick_shell.folder, source)
+    done = quick_shell.run("run", app, "--clients", "3", "--run-dir", "out", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
-    assert history_of(shell.folder / "out")["rounds"][2]["central"]["loss"] > 0
+    assert history_of(quick_shell.folder / "out")["rounds"][2]["central"]["loss"] > 0
 
 
-def test_a_client_process_that_dies_in_a_run_is_noticed_and_the_run_goes_on(shell: Shell, vhost: Vhost) -> None:
+def test_a_client_process_that_dies_in_a_run_is_noticed_and_the_run_goes_on(
+    quick_shell: QuickShell, vhost: Vhost
+) -> None:
     rounds = "min_fit_clients=2, min_available_clients=3, grace_s=float('inf')"  # each round waits for the living
-    app = write(shell.folder, SLOW_APP.replace("min_fit_clients=3", rounds))
-    run = shell.start("run", app, "--clients", "3", "--run-dir", "out", "--log-json", "--broker", vhost.url)
+    app = write(quick_shell.folder, SLOW_APP.replace("min_fit_clients=3", rounds))
+    run = quick_shell.start("run", app, "--clients", "3", "--run-dir", "out", "--log-json", "--broker", vhost.url)
     run.until('"event": "round_opened"')
     poll(lambda: any(e.get("round") == 4 for e in events(run.output) if e["event"] == "round_opened"), 30)
-    os.kill(pid_of(shell, "client-02"), signal.SIGKILL)
+    os.kill(pid_of(quick_shell, "client-02"), signal.SIGKILL)
     lost = json.loads(run.until('"event": "member_lost"'))
     assert lost["client_id"] == "client-02"
-    (shell.folder / "gate-4").touch()
+    (quick_shell.folder / "gate-4").touch()
     assert run.end() == 0
-    assert history_of(shell.folder / "out")["clients_lost"] == ["client-02"]
+    assert history_of(quick_shell.folder / "out")["clients_lost"] == ["client-02"]
 
 
 def events(output: str) -> list[dict[str, Any]]:

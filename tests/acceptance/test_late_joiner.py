@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.acceptance.conftest import Shell, poll
+from tests.acceptance.conftest import QuickShell, Shell, poll
 from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
@@ -39,6 +39,12 @@ app = fb.App(
     rounds=fb.RoundConfig(num_rounds=1, min_fit_clients=3, min_available_clients=2, fraction_evaluate=0),
 )
 '''
+
+
+@pytest.fixture
+def shell(quick_shell: QuickShell) -> QuickShell:
+    """What happens before `fedbus` is imported is none of these tests' business."""
+    return quick_shell
 
 
 def octets_from_server(vhost: Vhost) -> int:

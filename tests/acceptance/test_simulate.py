@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import Shell, last_json
+from tests.acceptance.conftest import QuickShell, Shell, last_json
 
 pytestmark = pytest.mark.acceptance
 
@@ -35,13 +35,24 @@ app = fb.App(
 
 
 @pytest.fixture
-def bare_shell(tmp_path: Path) -> Iterator[Shell]:
-    """A shell that needs no RabbitMQ."""
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "app.py").write_text(APP.replace("ROUNDS", "3"))
     (tmp_path / "endless.py").write_text(APP.replace("ROUNDS", "10**9"))
-    its_shell = Shell(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def bare_shell(folder: Path) -> Iterator[Shell]:
+    """A shell that needs no RabbitMQ."""
+    its_shell = Shell(folder)
     yield its_shell
     its_shell.close()
+
+
+@pytest.fixture
+def quick_bare_shell(folder: Path) -> QuickShell:
+    """The same, with commands that need not import anything first."""
+    return QuickShell(folder)
 
 
 def test_hours_pass_in_one_command(bare_shell: Shell) -> None:
@@ -68,8 +79,8 @@ def test_the_same_command_gives_the_same_history(bare_shell: Shell) -> None:
     assert json.loads(first)["run_id"] == "virtual-7"
 
 
-def test_log_lines_for_machines_have_the_virtual_time(bare_shell: Shell) -> None:
-    done = bare_shell.run("simulate", "app.py:app", "--virtual", "--clients", "3", "--log-json")
+def test_log_lines_for_machines_have_the_virtual_time(quick_bare_shell: QuickShell) -> None:
+    done = quick_bare_shell.run("simulate", "app.py:app", "--virtual", "--clients", "3", "--log-json")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert [line["virtual_s"] for line in lines if line.get("event") == "round_closed"] == [60, 120, 180]
@@ -84,12 +95,12 @@ def test_log_lines_for_machines_have_the_virtual_time(bare_shell: Shell) -> None
         (["--virtual", "--clients", "2"], "the app waits for 3 clients before its first round"),
     ],
 )
-def test_wrong_usage_is_one_line(bare_shell: Shell, options: list[str], says: str) -> None:
-    done = bare_shell.run("simulate", "app.py:app", *options, "--run-dir", "out")
+def test_wrong_usage_is_one_line(quick_bare_shell: QuickShell, options: list[str], says: str) -> None:
+    done = quick_bare_shell.run("simulate", "app.py:app", *options, "--run-dir", "out")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("fedbus: ")]
     assert says in line
-    assert not (bare_shell.folder / "out").exists()
+    assert not (quick_bare_shell.folder / "out").exists()
 
 
 def test_ctrl_c_ends_a_simulation_in_good_order(bare_shell: Shell) -> None:

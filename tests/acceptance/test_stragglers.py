@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import Shell, last_json
+from tests.acceptance.conftest import QuickShell, Shell, last_json
 from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
@@ -79,6 +79,12 @@ class Run:
             return [row[0] for row in db.execute(query, (name,))]
         finally:
             db.close()
+
+
+@pytest.fixture
+def shell(quick_shell: QuickShell) -> QuickShell:
+    """What happens before `fedbus` is imported is none of these tests' business."""
+    return quick_shell
 
 
 def test_half_of_the_clients_are_killed_for_good_and_new_ones_join_and_all_rounds_close(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedbus.bus.node import PrivateNode
 from fedbus.server.checkpoint import load_model
 from tests.acceptance.conftest import Shell, last_json, poll
 from tests.kit import folded_in
+from tests.vhosts import Vhost
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
 
@@ -49,12 +48,6 @@ app = fb.App(
 """
 
 
-@pytest.fixture(scope="module")
-def node(rabbitmq_installed: None) -> Iterator[PrivateNode]:
-    with PrivateNode() as shared:
-        yield shared
-
-
 def pids(folder: Path, client: str, round_: int) -> list[int]:
     """The processes that trained for this client in this round, in their order."""
     path = folder / f"{client}-{round_}"
@@ -66,10 +59,10 @@ def clients_of(record: dict[str, Any]) -> list[str]:
 
 
 def test_a_worker_that_is_killed_in_the_middle_of_a_task_costs_no_round_and_counts_nothing_twice(
-    shell: Shell, node: PrivateNode
+    shell: Shell, vhost: Vhost
 ) -> None:
     (shell.folder / "app.py").write_text(APP)
-    broker = ("--broker", node.url)
+    broker = ("--broker", vhost.url)
     workers = [shell.start("worker", "app.py", *broker, "--json") for _ in range(2)]
     workers[0].until("waiting for a server with virtual clients on this broker")
     server = shell.start("server", "app.py", *broker, "--virtual-clients", "3", "--run-dir", "out", "--json")
@@ -105,9 +98,9 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_task_costs_no_round_and_coun
     assert last_json(living.output)["tasks"] >= 3
 
 
-def test_a_worker_that_finds_nothing_to_do_ends_when_it_was_told_to(shell: Shell, node: PrivateNode) -> None:
+def test_a_worker_that_finds_nothing_to_do_ends_when_it_was_told_to(shell: Shell, vhost: Vhost) -> None:
     (shell.folder / "app.py").write_text(APP)
-    done = shell.run("worker", "app.py", "--broker", node.url, "--until-idle", "0.2", "--json")
+    done = shell.run("worker", "app.py", "--broker", vhost.url, "--until-idle", "0.2", "--json")
     assert done.returncode == 0, done.stderr
     assert last_json(done.stdout) == {"tasks": 0}
     assert "worker ends: no task came for 0.2 s (0 tasks answered)" in done.stderr

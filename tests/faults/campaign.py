@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from tests.faults.fleet import SERVER, Fleet, Stalled
 TARGETS = ("server", "broker", "clients")
 _STARTUP_SHARE, _STARTUP_SHARE_WHEN_LATE = 0.2, 0.8
 """Of the kills, how many fall into the start of what was killed just before: more when the rounds are ahead of them."""
-_STARTUP_S, _STARTUP_S_WHEN_LATE = 0.8, 0.3
+_STARTUP_S, _STARTUP_S_WHEN_LATE = 0.4, 0.2
 _SETTLED_S = 1.5
 """A quorum queue that was declared less than a second before its node is killed can come back empty."""
 _RESERVE = 1
-"""Rounds that are left to the end: a kill must fall while rounds are open."""
+"""Rounds that are left to the end: a kill must fall while rounds are open. In the last one before them a fit waits
+until all kills are done."""
 _PLANNED = 0.9
 """Share of the rounds into which the kills are planned: the rest takes those that are late."""
 _STALLED_S = 90.0
@@ -96,20 +97,18 @@ class Campaign:
             self._await_progress(1)
             if self._target == "broker":
                 self._pause(_SETTLED_S)
-            while self.result.kills < self.result.kills_wanted and self._rounds_left() > 0:
-                is_startup = self._await_instant()
-                if self._rounds_left() <= 0 or not self._fleet.is_alive(SERVER):
-                    break
-                self._kill(again=is_startup)
+            while self.result.kills < self.result.kills_wanted and self._fleet.is_alive(SERVER):
+                self._kill(again=self._await_instant())
+            self._fleet.open_gate()
             self.result.problems += self._fleet.until_done(_STALLED_S + self._fleet.settings.rounds)
         except Stalled as exc:
             self.result.problems.append(str(exc))
         self.result.seconds = time.monotonic() - started_at
         return self.result
 
-    def _rounds_left(self) -> int:
-        self._look()
-        return self._fleet.settings.rounds - _RESERVE - self._fleet.log.round
+    @property
+    def _is_at_gate(self) -> bool:
+        return self._fleet.log.round >= _gate_round(self._fleet.settings)
 
     def _look(self) -> None:
         """Read the server's log on; note when it goes on after a kill."""
@@ -132,6 +131,9 @@ class Campaign:
         if self.result.kills and self._rng.random() < share:
             self._pause(self._rng.uniform(0, most_s))
             return True
+        if self._is_at_gate:
+            self._pause(self._rng.uniform(0, _STARTUP_S))
+            return False
         kills_left = self.result.kills_wanted - self.result.kills
         lines_a_round = self._fleet.settings.clients + 2
         lines = lines_a_round * max(0.0, planned - self._fleet.log.round) / (kills_left + 1)
@@ -145,7 +147,7 @@ class Campaign:
         def is_reached() -> bool:
             self._look()
             self._fleet.check_alive()
-            return self._fleet.log.progress >= goal or not self._fleet.is_alive(SERVER)
+            return self._fleet.log.progress >= goal or self._is_at_gate or not self._fleet.is_alive(SERVER)
 
         self._fleet.until(is_reached, f"progress after {self.result.kills} kills", _STALLED_S)
 
@@ -172,6 +174,10 @@ class Campaign:
         self._fleet.start_one(self._victim)
 
 
+def _gate_round(settings: Settings) -> int:
+    return max(1, settings.rounds - _RESERVE)
+
+
 def undisturbed(folder: Path, settings: Settings) -> tuple[str, float, list[str]]:
     """The same run without faults, as real processes: its model's SHA-256, its seconds, and problems."""
     with PrivateNode() as node, Fleet(folder, settings, node.url) as fleet:
@@ -189,7 +195,8 @@ def disturbed(
     folder: Path, node: PrivateNode, target: str, settings: Settings, *, kills: int, seed: int, sha_expected: str
 ) -> Result:
     """The run with kills, and the checker's word on it."""
-    with Fleet(folder, settings, node.url) as fleet:
+    gated = replace(settings, gate=f"c1/{_gate_round(settings)}")
+    with Fleet(folder, gated, node.url) as fleet:
         result = Campaign(fleet, node, target, kills=kills, seed=seed).run()
         result.verdict = fleet.verdict(sha_expected)
     return result

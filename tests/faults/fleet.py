@@ -1,4 +1,4 @@
-"""The processes of one run, as real `fedbus` commands that can be killed, stopped and started again."""
+"""The processes of one run: `fedbus` commands that can be killed, stopped and started again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
+from tests import forked
 from tests.faults import adding_app
 from tests.faults.adding_app import Settings
 from tests.faults.checker import Verdict, check, json_lines
@@ -81,11 +81,8 @@ class Fleet:
         self._env = {
             **{key: text for key, text in os.environ.items() if not key.startswith("FEDBUS_")},
             **self.settings.to_env(),
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
         }
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, forked.Process | subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -107,20 +104,19 @@ class Fleet:
             command = ["server", _APP, "--run-dir", str(self.run_dir), *["--resume"] * self._resume]
         else:
             command = ["client", _APP, "--id", name]
-        program = [sys.executable, "-m", "tests.faults.victim", fault] if fault else [str(FEDBUS)]
+        module, *words = ["tests.faults.victim", fault] if fault else [forked.FEDBUS]
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                self.command(name, *program, *command, *self.access(name), "--log-json", "--debug"),
-                env=self._env,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+            self.processes[name] = self.launch(
+                name, module, [*words, *command, *self.access(name), "--log-json", "--debug"], log
             )
 
-    def command(self, name: str, *arguments: str) -> list[str]:
-        """The command line that runs `arguments` where the process `name` belongs: here."""
-        return list(arguments)
+    def launch(
+        self, name: str, module: str, arguments: list[str], log: IO[bytes]
+    ) -> forked.Process | subprocess.Popen[bytes]:
+        """Call `main()` of a module, with these arguments, in a new process where the process `name` belongs: here."""
+        return forked.start(
+            module, *arguments, cwd=self.folder, env=self._env, out=log.fileno(), err=log.fileno()
+        )
 
     def access(self, name: str) -> list[str]:
         """The options that lead the process `name` to the broker."""

@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
+from tests import forked
 from tests.faults.adding_app import Settings
 from tests.faults.fleet import FEDBUS, SERVER, Fleet
 from tests.faults.machines import Machine, Network
@@ -123,8 +124,16 @@ class SpreadFleet(Fleet):
         self._bundles = bundles
         self._places = places
 
-    def command(self, name: str, *arguments: str) -> list[str]:
-        return self._places[name].command(*arguments)
+    def launch(self, name: str, module: str, arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        program = [str(FEDBUS)] if module == forked.FEDBUS else [sys.executable, "-m", module]
+        return subprocess.Popen(
+            self._places[name].command(*program, *arguments),
+            env=self._env,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
 
     def access(self, name: str) -> list[str]:
         return ["--bundle", str(self._bundles / f"{name}.json")]

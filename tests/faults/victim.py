@@ -3,8 +3,9 @@
     python -m tests.faults.victim POINT:NTH:SIGKILL server APP ...
     python -m tests.faults.victim POINT:NTH:SIGSTOP client APP ...
 
-The product knows nothing of this: its methods are wrapped from outside, before the command begins. What is behind each
-point is in `_HOOKS`, the one place to look when the product changes.
+or the same arguments to a fork, see `tests.forked`. The product knows nothing of this: its methods are wrapped from
+outside, before the command begins. What is behind each point is in `_HOOKS`, the one place to look when the product
+changes.
 """
 
 from __future__ import annotations
