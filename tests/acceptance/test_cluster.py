@@ -52,9 +52,7 @@ def test_a_node_dies_in_the_middle_of_a_round_and_the_run_goes_on_without_it(
 ) -> None:
     cluster.use_vhost(tmp_path.name)
     asyncio.run(make_all(cluster.url_of(leads)))
-    for queue in QUEUES:
-        cluster.await_replicas(queue)
-        assert cluster.leader_of(queue) == leads
+    assert cluster.await_replicas(*QUEUES) == [leads] * len(QUEUES)
     urls = [cluster.url_of((serves + i) % len(cluster)) for i in range(len(cluster))]
     try:
         with Fleet(tmp_path, SETTINGS, ",".join(urls)) as fleet:
@@ -71,7 +69,6 @@ def test_a_node_dies_in_the_middle_of_a_round_and_the_run_goes_on_without_it(
             lost = {name: len(fleet.events(name, "broker_lost")) for name in fleet.processes}
     finally:
         cluster.restart(dies)
-    for queue in QUEUES:
-        cluster.await_replicas(queue)
+    cluster.await_replicas(*QUEUES)
     with capsys.disabled():
         sys.stdout.write(f"\n{pause_s:.1f} s from the death of the node to the next commit; connections lost: {lost}\n")

@@ -69,8 +69,10 @@ class Cluster:
 
     def use_vhost(self, name: str) -> None:
         """Make a new vhost; from now on URLs and queues are its own."""
-        self.ctl("add_vhost", name)
-        self.ctl("set_permissions", "-p", name, private._USER, ".*", ".*", ".*")
+        rights = {"user": private._USER, "vhost": name, "configure": ".*", "write": ".*", "read": ".*"}
+        definitions = self._folder / "vhost.json"
+        definitions.write_text(json.dumps({"vhosts": [{"name": name}], "permissions": [rights]}))
+        self.ctl("import_definitions", str(definitions))
         self._vhost = name
 
     @property
@@ -87,21 +89,21 @@ class Cluster:
         self._nodes[index].await_amqp()
         self._await_whole()
 
-    def leader_of(self, queue: str) -> int:
-        """Which node leads a quorum queue or a stream; waits while none does."""
-        living = {node.name for node in self._nodes if node.is_alive}
+    def await_replicas(self, *queues: str) -> list[int]:
+        """Wait until each of them has a leader, and a replica that keeps up on every node: who leads them.
+
+        Killing any node costs nothing then. Each look takes rabbitmqctl a second: ask for all queues at once.
+        """
         leaders: list[str] = []
 
-        def is_known() -> bool:
-            leaders[:] = [str(self._queue(queue).get("leader"))]
-            return leaders[0] in living
+        def are_whole() -> bool:
+            rows = self._queues()
+            leaders[:] = [str(rows.get(queue, {}).get("leader")) for queue in queues]
+            online = [len(rows.get(queue, {}).get("online") or []) for queue in queues]
+            return set(leaders) <= set(self.names) and online == [len(self)] * len(queues)
 
-        _await(is_known, f"a leader of {queue}")
-        return self.names.index(leaders[0])
-
-    def await_replicas(self, queue: str) -> None:
-        """Wait until every node has a replica of `queue` that keeps up: killing any of them costs nothing then."""
-        _await(lambda: self._online(queue) == len(self._nodes), f"replicas of {queue} on all nodes")
+        _await(are_whole, f"replicas of {', '.join(queues)} on all nodes")
+        return [self.names.index(leader) for leader in leaders]
 
     def ctl(self, *arguments: str, index: int | None = None) -> str:
         """Run rabbitmqctl against a node (the first living one when none is named); what it printed."""
@@ -143,13 +145,9 @@ class Cluster:
     def _living(self) -> _Node:
         return next(node for node in self._nodes if node.is_alive)
 
-    def _queue(self, name: str) -> dict[str, Any]:
+    def _queues(self) -> dict[str, dict[str, Any]]:
         listing = self.ctl("list_queues", "-p", self._vhost or "/", "name", "leader", "online", "--formatter", "json")
-        rows: list[dict[str, Any]] = json.loads(listing)
-        return next((row for row in rows if row["name"] == name), {})
-
-    def _online(self, queue: str) -> int:
-        return len(self._queue(queue).get("online") or [])
+        return {row["name"]: row for row in json.loads(listing)}
 
 
 class _Node:
