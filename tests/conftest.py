@@ -11,6 +11,16 @@ from fedbus.bus.node import PrivateNode, find_rabbitmq
 from fedbus.errors import BrokerMissing
 from tests.vhosts import Vhost, Vhosts, mend
 
+_MADE_ONCE = ("breakable_node", "cluster", "deployed", "live", "place")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers (`pytest -n 2 --dist loadgroup`) one gets all tests that share what takes long to make."""
+    for item in items:
+        for name in set(_MADE_ONCE).intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
+
 
 @pytest.fixture(scope="session")
 def rabbitmq_installed() -> None:

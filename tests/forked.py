@@ -37,7 +37,7 @@ class Process:
         self.pid = pid
 
     @property
-    def returncode(self) -> int | None:
+    def returncode(self) -> int | Any:  # as typeshed has it for Popen: who has polled knows
         return self._parent.codes.get(self.pid)
 
     def poll(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import uuid
 from dataclasses import dataclass
 
@@ -50,9 +51,10 @@ class Vhosts:
             "vhosts": [{"name": name} for name in names],
             "permissions": [{**rights, "vhost": name} for name in names],
         }
-        file = self._node.data_dir / "vhosts.json"
-        file.write_text(json.dumps(definitions))
-        self._node.rabbitmqctl("import_definitions", str(file))
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(definitions, file)
+            file.flush()
+            self._node.rabbitmqctl("import_definitions", file.name)
 
 
 def mend(node: PrivateNode) -> None:

@@ -18,8 +18,6 @@ from tests.faults.checker import Verdict, check, json_lines
 
 SERVER = "server"
 _APP = f"{Path(adding_app.__file__).resolve()}:app"
-_ROOT = Path(__file__).resolve().parents[2]
-FEDBUS = Path(sys.executable).with_name("fedbus")
 _POLL_S = 0.002
 PROGRESS = frozenset({"round_opened", "update_folded", "round_closed"})
 
@@ -114,9 +112,7 @@ class Fleet:
         self, name: str, module: str, arguments: list[str], log: IO[bytes]
     ) -> forked.Process | subprocess.Popen[bytes]:
         """Call `main()` of a module, with these arguments, in a new process where the process `name` belongs: here."""
-        return forked.start(
-            module, *arguments, cwd=self.folder, env=self._env, out=log.fileno(), err=log.fileno()
-        )
+        return forked.start(module, *arguments, cwd=self.folder, env=self._env, out=log.fileno(), err=log.fileno())
 
     def access(self, name: str) -> list[str]:
         """The options that lead the process `name` to the broker."""

@@ -374,6 +374,8 @@ async def test_replies_reach_the_one_who_asked_and_end_with_its_question(
     async with other.replies(TASKS, "reply.3"):
         await other.close()
     await until_unroutable(answerer, "reply.3")
+    for queue in ingress().queues:  # another test wants them otherwise
+        await answerer.delete_queue(queue.name)
 
 
 async def until_unroutable(bus: Bus, routing_key: str) -> None:
