@@ -36,16 +36,16 @@ def test_a_small_measurement_tells_plausible_figures_and_leaves_nothing_behind(s
     assert list(shell.folder.iterdir()) == []
 
 
-def test_people_get_a_table_with_units(shell: Shell, vhost: Vhost) -> None:
-    done = shell.run("bench", "round", *SMALL, "--run-dir", "kept", "--broker", vhost.url)
+def test_people_get_a_table_with_units(quick_shell: QuickShell, vhost: Vhost) -> None:
+    done = quick_shell.run("bench", "round", *SMALL, "--run-dir", "kept", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     for word in ("p50", " ms", "MiB", "ratio", "floor: bare aiormq"):
         assert word in done.stdout
-    assert len(json.loads((shell.folder / "kept" / "history.json").read_text())["rounds"]) == 5
+    assert len(json.loads((quick_shell.folder / "kept" / "history.json").read_text())["rounds"]) == 5
 
 
-def test_on_a_shared_broker_the_floor_takes_its_queues_away_again(shell: Shell, vhost: Vhost) -> None:
-    done = shell.run("bench", "round", *SMALL, "--json", "--broker", vhost.url)
+def test_on_a_shared_broker_the_floor_takes_its_queues_away_again(quick_shell: QuickShell, vhost: Vhost) -> None:
+    done = quick_shell.run("bench", "round", *SMALL, "--json", "--broker", vhost.url)
     assert done.returncode == 0, done.stderr
     assert vhost.queues("fedbus.updates") == ["fedbus.updates"]
     assert vhost.queues("fedbus.floor") == []

@@ -25,7 +25,7 @@ from fedbus.bus.node import PrivateNode
 from fedbus.bus.rabbitmq import connect
 from fedbus.bus.topology import CONTROL
 from tests.acceptance.alert_cases import CASES, QUIET
-from tests.acceptance.conftest import Shell, Terminal, poll
+from tests.acceptance.conftest import QuickShell, Shell, Terminal, poll
 from tests.unit.test_dashboard import DEPLOY, PANELS, RULES
 
 pytestmark = [pytest.mark.broker, pytest.mark.acceptance]
@@ -44,7 +44,7 @@ class Adding(fb.NumPyClient):
         pass
 
     def fit(self, parameters, config):
-        time.sleep(0.05)
+        time.sleep(0.2)
         return [p + np.float32(1) for p in parameters], 1, {}
 
     def evaluate(self, parameters, config):
@@ -114,7 +114,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, rabbitmq_installed: None) -> 
     folder = tmp_path_factory.mktemp("live")
     (folder / "app.py").write_text(APP)
     with PrivateNode() as node:
-        shell = Shell(folder)
+        shell = QuickShell(folder)
         shell.env["FEDBUS_BROKER"] = node.url
         found = Live(node=node, broker_metrics_port=free_port(), shell=shell)
         try:

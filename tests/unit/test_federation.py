@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -422,7 +423,9 @@ async def test_garbage_on_the_queues_is_set_aside_and_the_run_goes_on() -> None:
 
 async def test_an_update_sent_twice_is_folded_once() -> None:
     gate = Gate(only="c1")
-    async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 2})) as story:
+    async with federation(
+        app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 2, "fraction_evaluate": 0})
+    ) as story:
         serving = story.start_server()
         story.start_client("c1")
         await story.until(o.MemberJoined)
@@ -444,7 +447,9 @@ async def test_an_update_sent_twice_is_folded_once() -> None:
 async def test_parts_of_an_upload_that_died_are_never_mixed_with_those_of_the_next() -> None:
     start: dict[str, Array] = {"w": np.zeros(400_000, np.float32)}  # two parts
     gate = Gate(only="c1")
-    app = app_of(gate.client_fn, initial_parameters=start, rounds={"num_rounds": 1, "min_fit_clients": 2})
+    app = app_of(
+        gate.client_fn, initial_parameters=start, rounds={"num_rounds": 1, "min_fit_clients": 2, "fraction_evaluate": 0}
+    )
     async with federation(app) as story:
         serving = story.start_server()
         story.start_client("c1")
@@ -538,7 +543,8 @@ async def test_a_receipt_comes_only_after_the_commit() -> None:
     assert kinds.index(o.ReceiptArrived) > kinds.index(o.ModelPublished, kinds.index(o.UpdateFolded))
 
 
-async def test_a_second_server_on_the_same_broker_is_turned_away() -> None:
+async def test_a_second_server_on_the_same_broker_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbus.server.runtime.hold_patiently", functools.partial(hold_patiently, patience_s=0.3))
     gate = Gate()
     async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
         first = story.start_server()
