@@ -7,4 +7,5 @@ set -euo pipefail
 
 fedbus_setup dev
 cd "$FEDBUS_ROOT"
-exec "$FEDBUS_VENV/bin/python" -m pytest "$@"
+# Two workers, because half of the time is waiting for brokers, leases and processes; -n 0 for one test after the other.
+exec "$FEDBUS_VENV/bin/python" -m pytest -n 2 --dist loadgroup "$@"
