@@ -17,6 +17,8 @@ from typing import IO, Any
 import pytest
 
 from tests import forked
+from tests.faults.machines import missing_for_machines
+from tests.faults.site import Site
 
 FEDBUS = Path(sys.executable).with_name("fedbus")
 
@@ -138,6 +140,16 @@ def last_json(text: str) -> dict[str, Any]:
     found = json.loads(text.strip().splitlines()[-1])
     assert isinstance(found, dict)
     return found
+
+
+@pytest.fixture(scope="session")
+def site(rabbitmq_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A broker that three other machines reach, for all tests: take your own federation, and heal what you cut."""
+    missing = missing_for_machines()
+    if missing:
+        pytest.skip(missing)
+    with Site(tmp_path_factory.mktemp("site"), "office", "ward1", "ward2") as shared:
+        yield shared
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ processes included, is removed by the next.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -75,13 +76,17 @@ class Machine:
         _ip("-n", _namespace(_SWITCH), "link", "set", self._port, "up")
 
     def limit(self, bytes_per_s: int | None) -> None:
-        """Bound what leaves the machine, and what comes to it; None: no bound."""
-        for namespace, device in ((self.namespace, _DEVICE), (_namespace(_SWITCH), self._port)):
-            if bytes_per_s is None:
-                _run("ip", "netns", "exec", namespace, "tc", "qdisc", "del", "dev", device, "root")
-                continue
-            bound = ("rate", f"{8 * bytes_per_s}bit", "burst", "64kb", "latency", f"{_QUEUED_MS}ms")
-            _run("ip", "netns", "exec", namespace, "tc", "qdisc", "replace", "dev", device, "root", "tbf", *bound)
+        """Bound what it sends; None: no bound."""
+        if bytes_per_s is None:
+            _run(*self.command("tc", "qdisc", "delete", "dev", _DEVICE, "root"))
+            return
+        bound = ("rate", f"{8 * bytes_per_s}bit", "burst", "64kb", "latency", f"{_QUEUED_MS}ms")
+        _run(*self.command("tc", "qdisc", "replace", "dev", _DEVICE, "root", "tbf", *bound))
+
+    def bytes_sent(self) -> int:
+        """What has left it so far."""
+        (device,) = json.loads(_run("ip", "-json", "-statistics", "-n", self.namespace, "link", "show", _DEVICE))
+        return int(device["stats64"]["tx"]["bytes"])
 
     def _firewall(self, action: str) -> None:
         for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):

@@ -320,6 +320,8 @@ def main() -> int:
         sys.exit(missing)
     out = arguments.out or Path(tempfile.mkdtemp(prefix="fedbus-soak-"))
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        sys.exit(f"{out} is not empty: take another folder")
     settings = Settings(
         clients=arguments.clients,
         needed=arguments.needed or max(1, round(0.6 * arguments.clients)),
