@@ -8,6 +8,7 @@
     │   ├── BrokerUnreachable   refused, timed out, unknown host
     │   ├── BrokerDenied        wrong password, wrong vhost, missing right
     │   ├── BrokerClosed        the connection or channel ended under us
+    │   │   └── TurnedOut           because our rights were taken from us
     │   ├── QueueMissing        nothing of that name to consume
     │   ├── QueueBusy           another connection holds the name
     │   ├── QueueMismatch       it exists with other settings
@@ -55,6 +56,10 @@ class BrokerDenied(BrokerError):
 
 class BrokerClosed(BrokerError):
     """The connection or channel ended while it was in use."""
+
+
+class TurnedOut(BrokerClosed):
+    """The broker ended the connection because its user was deleted, or by its operator's hand."""
 
 
 class QueueMissing(BrokerError):

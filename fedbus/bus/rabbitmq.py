@@ -36,6 +36,7 @@ from fedbus.errors import (
     QueueBusy,
     QueueMismatch,
     QueueMissing,
+    TurnedOut,
     Unroutable,
 )
 
@@ -48,6 +49,8 @@ _LONGEST_MS: Final = 2**32 - 1  # 49 days: RabbitMQ closes the channel of whoeve
 # of a queue that is missing or has other settings.
 _OF_THIS_NODE: Final = ("is down or inaccessible", "replica on the local node")
 _TAKEN: Final = ("in exclusive use", "exclusive access to locked queue")
+# What RabbitMQ says to the connections of a user that is deleted, and what our provisioning says to those left over.
+_MEANT_FOR_US: Final = ("' is deleted", "its rights were revoked", "its secret was replaced")
 # Any other 404 for a queue is about one that is there, and cannot be served now.
 _NO_SUCH_QUEUE: Final = "no queue '"
 
@@ -443,7 +446,9 @@ class RabbitMQBus(Bus):
         ends = {self._consuming.closing, self._publishing.closing}
         ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not self._is_closing:
-            raise BrokerClosed(f"the connection to the broker ended: {_reason_of_end(ended.pop())}")
+            reason = _reason_of_end(ended.pop())
+            is_meant = any(words in reason for words in _MEANT_FOR_US)
+            raise (TurnedOut if is_meant else BrokerClosed)(f"the connection to the broker ended: {reason}")
 
     async def close(self) -> None:
         self._is_closing = True

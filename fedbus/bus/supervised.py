@@ -26,7 +26,15 @@ from typing import Literal, NoReturn, TypeVar
 
 from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset, QueueState
 from fedbus.bus.topology import Binding, Exchange, Queue, Topology
-from fedbus.errors import BrokerClosed, BrokerDenied, BrokerError, BrokerUnreachable, PublishUnconfirmed, QueueBusy
+from fedbus.errors import (
+    BrokerClosed,
+    BrokerDenied,
+    BrokerError,
+    BrokerUnreachable,
+    PublishUnconfirmed,
+    QueueBusy,
+    TurnedOut,
+)
 
 T = TypeVar("T")
 
@@ -35,6 +43,7 @@ _BUSY_PAUSE_S = 0.2
 _PATIENCE_S = 60.0
 _SHORT_PATIENCE_S = 2.0
 _AFTERMATH_S = 30.0
+_REASON_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +132,7 @@ class SupervisedBus(Bus):
         on_state: is told, in the event loop, what becomes of the connection.
         give_up_s: length of an outage after which its last error is final; None: never.
         denied_patience_s: a node that boots refuses users for a moment; when refusals are all we hear for so long, they
-            are final.
+            are final. The first one is, when the connection ended because we were turned out.
         busy_patience_s: how long to ask again for a name that was ours and is held by another after a reconnect: our
             own ghost may hold it until the broker misses its heartbeats. Then `QueueBusy` is final.
         pause_s, longest_pause_s: before attempt n (0, 1, ...) to connect it sleeps uniform(0, min(longest_pause_s,
@@ -152,6 +161,7 @@ class SupervisedBus(Bus):
         self._random = random.Random()  # of its own: a seed in the app must not make all clients come at once
         self._attempts = 0
         self._lost_at = 0.0
+        self._is_turned_out = False
         self._generations = itertools.count()
         self._turns = itertools.count()
         self._line: dict[int, asyncio.Future[None]] = {}  # who waits for a connection, by the turn it was started in
@@ -363,6 +373,7 @@ class SupervisedBus(Bus):
             return
         self._link = None
         self._lost_at = time.monotonic()
+        self._is_turned_out = isinstance(reason, TurnedOut)
         if self._lost_at - link.made_at > self._longest_pause_s:
             self._attempts = 0  # one that ends at once counts as one more attempt: no loop without pauses
         self._tell("lost", str(reason))
@@ -413,6 +424,7 @@ class SupervisedBus(Bus):
         watching = asyncio.create_task(self._watch(link), name="fedbus bus watch")
         try:
             await link.lost.wait()
+            await asyncio.wait([watching], timeout=_REASON_S)  # whoever noticed first may not know why
         finally:
             await _end_task(watching)
             await link.close()
@@ -423,6 +435,7 @@ class SupervisedBus(Bus):
             self._lose(link, BrokerClosed("the connection to the broker ended"))
         except BrokerError as exc:
             self._lose(link, exc)
+            self._is_turned_out |= isinstance(exc, TurnedOut)
 
     async def _connect_again(self) -> _Link:
         """Make the next connection, and put it in its place. Raises the error that is final."""
@@ -436,7 +449,8 @@ class SupervisedBus(Bus):
             except (BrokerUnreachable, BrokerDenied, BrokerClosed, PublishUnconfirmed) as exc:
                 now = time.monotonic()
                 denied_since = (denied_since or now) if isinstance(exc, BrokerDenied) else None
-                if denied_since is not None and now - denied_since >= self._denied_patience_s:
+                patience_s = 0.0 if self._is_turned_out else self._denied_patience_s
+                if denied_since is not None and now - denied_since >= patience_s:
                     raise
                 if self._give_up_s is not None and now - self._lost_at >= self._give_up_s:
                     raise BrokerUnreachable(f"no connection for {now - self._lost_at:.0f} s: {exc}") from exc

@@ -175,10 +175,7 @@ def revoke(desk: Desk, federation: str, who: Sequence[str]) -> list[str]:
     with desk.office.open() as records:
         known = desk.admin.definitions()
         there = _members_of(known, federation, who)
-        _turn_out(desk, records, _all_of(known, there), "its rights were revoked")
-        for user in there.values():
-            if user.client_id is not None:
-                desk.admin.delete_queue(federation, inbox(user.client_id))
+        _turn_out(desk, records, _all_of(known, there), "its rights were revoked", with_inbox=True)
     return [user.name for user in there.values()]
 
 
@@ -408,13 +405,15 @@ def _bundle(user: User, secret: _Secret, federation: FederationRecord, ca: str |
     )
 
 
-def _turn_out(desk: Desk, records: Records, users: Sequence[User], reason: str) -> None:
+def _turn_out(desk: Desk, records: Records, users: Sequence[User], reason: str, *, with_inbox: bool = False) -> None:
     """Delete the users; the broker ends their connections by itself, and we end what is left of them."""
     for user in users:
         records.revoke(user.name, desk.now)
     desk.office.save(records)
     for user in users:
         desk.admin.delete_user(user.name)
+        if with_inbox and user.client_id is not None:
+            desk.admin.delete_queue(user.federation, inbox(user.client_id))
     gone = {user.name for user in users}
     for name in gone & {connection.user for connection in desk.admin.connections()}:
         desk.admin.close_connections(name, reason)

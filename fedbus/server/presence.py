@@ -30,6 +30,9 @@ _LOGGER = logging.getLogger("fedbus.server")
 _PATIENCE_LOOKS: Final = 3
 _SHORTEST_PAUSE_S: Final = 0.02
 _HELD_UP_S: Final = 3.0
+_MISSED: Final = ""
+"""Stands for the task of who was told to be unreachable: its inbox may be deleted a moment later."""
+_MISSED_S: Final = 30.0
 
 _Found: TypeAlias = Literal["somebody", "nobody", "no inbox", "unknown"]
 
@@ -82,6 +85,7 @@ class Presence:
         self._grace_s = grace_s
         self._without_inbox = without_inbox
         self._watches: dict[str, _Watch] = {}
+        self._missed: dict[str, float] = {}  # who was told to be unreachable -> until when
         self._quiet_until = -math.inf
 
     def disturbed(self) -> None:
@@ -107,7 +111,9 @@ class Presence:
         if now() < self._quiet_until:
             return []
         known, out = self._watches, self._without_inbox
-        at_work = {name: task_id for name, task_id in self._engine.at_work.items() if name not in out}
+        self._missed = {name: until for name, until in self._missed.items() if now() < until}
+        at_work = dict.fromkeys(self._missed, _MISSED)
+        at_work |= {name: task_id for name, task_id in self._engine.at_work.items() if name not in out}
         same = {name for name, task_id in at_work.items() if name in known and known[name].task_id == task_id}
         self._watches = {name: known[name] if name in same else _Watch(task_id) for name, task_id in at_work.items()}
         return [name for name in self._watches if name in same]
@@ -138,22 +144,27 @@ class Presence:
     def _judge(self, client_id: str, watch: _Watch, found: _Found) -> None:
         last, watch.found = watch.found, found
         match found:
+            case "no inbox" if last == "no inbox":
+                del self._watches[client_id]
+                self._missed.pop(client_id, None)
+                self._inbox_gone(client_id)
             case "somebody":
                 watch.seen_at, watch.gone_since = now(), None
+                self._missed.pop(client_id, None)
+            case _ if watch.task_id == _MISSED:
+                pass
             case "unknown":
                 watch.gone_since = None
             case _ if watch.gone_since is None:
                 watch.gone_since = now()
                 self._ask_for_echo()
-            case "no inbox" if last == "no inbox":
-                del self._watches[client_id]
-                self._inbox_gone(client_id)
             case _ if now() - watch.gone_since >= _PATIENCE_LOOKS * self._every_s:
                 self._blame_if_heard(client_id, watch, watch.gone_since)
 
     def _blame_if_heard(self, client_id: str, watch: _Watch, gone_since: float) -> None:
         if self._engine.heard_through >= gone_since:
             del self._watches[client_id]
+            self._missed[client_id] = now() + _MISSED_S
             reason = "its connection is gone"
             self._put(e.ClientUnreachable(client_id=client_id, reason=reason, seen_at=watch.seen_at))
         elif now() - gone_since > _PATIENCE_LOOKS * self._every_s + _HELD_UP_S:

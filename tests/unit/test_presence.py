@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,32 @@ async def test_whoever_is_gone_for_a_while_is_told_to_be_unreachable_once() -> N
         seen = len(bus.asked)
         assert seen >= 3
         await asyncio.sleep(5 * EVERY_S)
-        assert (len(bus.asked), watch.told.empty()) == (seen, True)
+        assert watch.told.empty()
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_who_was_told_to_be_unreachable_is_looked_at_for_a_while_for_its_inbox(comes_back: bool) -> None:
+    answer: int | BrokerError = 1
+
+    def answers() -> Iterator[int | BrokerError]:
+        while True:
+            yield answer
+
+    bus = Answering(answers())
+    async with watching(bus, "c1") as watch:
+        await bus.until_asked(1)
+        answer = 0
+        watch.story.happens(await watch.unreachable())
+        if comes_back:
+            answer = 1
+            await bus.until_asked(len(bus.asked) + 1)
+        answer = MISSING
+        async with asyncio.timeout(10):
+            if not comes_back:
+                assert await watch.without_inbox.get() == "c1"
+        seen = len(bus.asked)
+        await asyncio.sleep(5 * EVERY_S)
+        assert (len(bus.asked), watch.without_inbox.empty()) == (seen, True)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fedbus.errors import (
     QueueBusy,
     QueueMismatch,
     QueueMissing,
+    TurnedOut,
     Unroutable,
 )
 from tests.faults.failing import Fault, Kind, When
@@ -265,6 +266,18 @@ async def test_a_refusal_passes_while_a_node_boots_but_is_final_when_it_is_all_w
         for operation in (bus.publish(Q, "", b"x"), bus.closed(), bus.declare(topology())):
             with pytest.raises(BrokerDenied, match="wrong password"):
                 await operation
+
+
+async def test_who_was_turned_out_takes_the_first_refusal_for_final() -> None:
+    async def reconnect() -> Bus:
+        raise BrokerDenied("no such user")
+
+    first = MemoryBroker().connect("a")
+    async with over(reconnect, first, denied_patience_s=1e9) as bus:
+        await bus.declare(topology())
+        first._end(TurnedOut("user 'a' is deleted"))
+        with pytest.raises(BrokerDenied, match="no such user"):
+            await bus.publish(Q, "", b"x")
 
 
 async def test_an_outage_may_be_declared_final() -> None:
