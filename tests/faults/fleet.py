@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from tests.faults.adding_app import Settings
 from tests.faults.checker import Verdict, check, json_lines
 
 SERVER = "server"
-_APP = f"{Path(adding_app.__file__).resolve()}:app"
+APP = f"{Path(adding_app.__file__).resolve()}:app"
+FEDBUS = Path(sys.executable).with_name("fedbus")
 _POLL_S = 0.002
 PROGRESS = frozenset({"round_opened", "update_folded", "round_closed"})
 
@@ -99,9 +101,9 @@ class Fleet:
     def start_one(self, name: str, *, fault: str = "") -> None:
         """Start a server or a client, for the first time or again; `fault` as `tests.faults.victim` reads it."""
         if name.startswith(SERVER):
-            command = ["server", _APP, "--run-dir", str(self.run_dir), *["--resume"] * self._resume]
+            command = ["server", APP, "--run-dir", str(self.run_dir), *["--resume"] * self._resume]
         else:
-            command = ["client", _APP, "--id", name]
+            command = ["client", APP, "--id", name]
         module, *words = ["tests.faults.victim", fault] if fault else [forked.FEDBUS]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = self.launch(

@@ -19,12 +19,11 @@ from typing import IO, Any, Self
 
 from tests import forked
 from tests.faults.adding_app import Settings
-from tests.faults.fleet import SERVER, Fleet
+from tests.faults.fleet import FEDBUS, SERVER, Fleet
 from tests.faults.machines import Machine, Network
 
 BROKER = "broker"
 _ROOT = Path(__file__).resolve().parents[2]
-_FEDBUS = Path(sys.executable).with_name("fedbus")
 _GONE_S = 10.0
 _ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
@@ -74,7 +73,7 @@ class Site:
 
     def operate(self, *arguments: str) -> str:
         """What a `fedbus` command of the broker's operator prints, on the broker's own machine."""
-        return self._run(self.network[BROKER].command(str(_FEDBUS), *arguments))
+        return self._run(self.network[BROKER].command(str(FEDBUS), *arguments))
 
     def _run(self, command: list[str]) -> str:
         done = subprocess.run(command, env=self._env, cwd=self.folder, capture_output=True, text=True, timeout=120)
@@ -129,12 +128,12 @@ class SpreadFleet(Fleet):
     def __init__(self, folder: Path, settings: Settings, *, bundles: Path, places: Mapping[str, Machine]) -> None:
         super().__init__(folder, settings, "")
         self._bundles = bundles
-        self._places = places
+        self.places = places
 
     def launch(self, name: str, module: str, arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-        program = [str(_FEDBUS)] if module == forked.FEDBUS else [sys.executable, "-m", module]
+        program = [str(FEDBUS)] if module == forked.FEDBUS else [sys.executable, "-m", module]
         return subprocess.Popen(
-            self._places[name].command(*program, *arguments),
+            self.places[name].command(*program, *arguments),
             env={**self._env, **_ENVIRONMENT},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
