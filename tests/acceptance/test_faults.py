@@ -92,7 +92,7 @@ def test_the_update_of_a_client_that_is_gone_for_good_survives_the_server(tmp_pa
 def test_a_client_killed_while_it_trains_is_replaced_before_its_round_times_out(
     tmp_path: Path, node: PrivateNode, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = replace(SMALL, needed=2, rounds=1, fit_s=3.0, heartbeat_s=2.0, lease_s=20.0, timeout_s=60.0)
+    settings = replace(SMALL, needed=2, rounds=1, fit_s=3.0, heartbeat_s=5.0, lease_s=20.0, timeout_s=60.0)
     with Fleet(tmp_path, settings, node.url) as fleet:
         fleet.start()
         dies, stays = fleet.until_event(SERVER, "round_opened")["cohort"]
