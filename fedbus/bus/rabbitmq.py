@@ -53,6 +53,7 @@ _TAKEN: Final = ("in exclusive use", "exclusive access to locked queue")
 _MEANT_FOR_US: Final = ("' is deleted", "its rights were revoked", "its secret was replaced")
 # Any other 404 for a queue is about one that is there, and cannot be served now.
 _NO_SUCH_QUEUE: Final = "no queue '"
+_HUNG_UP: Final = ("connection unexpectedly closed", "connection reset", "connection error")
 
 
 @contextmanager
@@ -197,12 +198,18 @@ async def _connect(url: str, tls: ssl.SSLContext | None, name: str) -> _Link:
         if isinstance(exc, amqp.ConnectionClosed | amqp.InvalidFrameError) and "OpenOk" in str(exc):
             vhost = unquote(urlsplit(url).path.removeprefix("/")) or "/"
             raise BrokerDenied(
-                f"the broker at {where} refuses the vhost {vhost!r}: check the end of the broker URL, create the "
-                "vhost, or give the user rights in it (its limit of connections may be reached, too)"
+                f"the broker at {where} refuses the vhost {vhost!r} to the user {user_of(url)!r}: check the end of the "
+                "broker URL, create the vhost, or give the user rights in it (its limit of connections may be reached, "
+                "too); the bundle of one federation opens no other"
             ) from exc
         if tls is not None:
             await _explain_tls(url, tls, where, exc)
         reason = "no answer in time" if isinstance(exc, TimeoutError) else _reason(exc)
+        if tls is None and any(words in reason for words in _HUNG_UP):
+            raise BrokerUnreachable(
+                f"what answers at {where} hangs up before a word is said: if that port speaks TLS, as 5671 does, the "
+                "URL begins with amqps://"
+            ) from exc
         raise BrokerUnreachable(
             f"no broker answers at {where}: {reason}. Start one with 'fedbus broker start', or check the broker URL"
         ) from exc

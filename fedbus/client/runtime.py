@@ -224,6 +224,11 @@ class ClientRuntime:
             except QueueBusy:  # maybe our predecessor, who was killed a moment ago
                 if now() > busy_until:
                     raise self._taken() from None
+            except BrokerDenied as exc:
+                raise BrokerDenied(
+                    f"the broker does not let {self._bus.user} read the inbox of {self._client_id}: take the bundle, "
+                    f"or the login, that was made for {self._client_id} ({exc})"
+                ) from exc
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._over.wait()

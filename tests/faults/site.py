@@ -109,10 +109,16 @@ class Site:
             return bool(self.broker_state()["running"])
         return False
 
-    def provision(self, federation: str, *clients: str) -> Path:
+    @property
+    def data_dir(self) -> Path:
+        """Everything of the broker: data, logs, its password, and the operator's CA."""
+        return self.folder / "state" / "fedbus" / "broker" / "default"
+
+    def provision(self, federation: str, *clients: str, login: str = "certificate") -> Path:
         """The folder with the bundles of a new federation, or of members that are added to it."""
         bundles = self.folder / f"{federation}-bundles"
-        self.operate("broker", "provision", federation, "--clients", ",".join(clients), "--out", str(bundles))
+        members = ("--clients", ",".join(clients), "--login", login, "--out", str(bundles))
+        self.operate("broker", "provision", federation, *members)
         return bundles
 
 
