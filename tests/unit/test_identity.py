@@ -11,7 +11,7 @@ import pytest
 
 from fedbus.bus.base import Delivery
 from fedbus.bus.memory import MemoryBroker
-from fedbus.bus.topology import CONTROL, UPDATES, client_inbox, inbox, ingress
+from fedbus.bus.topology import CONTROL, UPDATES, Topology, client_inbox, inbox, ingress
 from fedbus.client.runtime import ClientRuntime
 from fedbus.errors import BrokerDenied, ConfigError, DecodeError, QueueBusy
 from fedbus.observe import events as o
@@ -148,6 +148,18 @@ async def test_a_client_that_may_declare_nothing_takes_part_whoever_comes_first(
     assert (await client).finished
     assert story.told(o.MemberLost) == []
     assert len(story.told(o.ServerAwaited)) == (first == "client")
+    for bus in story.all_buses:
+        await bus.close()
+
+
+async def test_a_confined_client_that_speaks_while_the_server_is_still_declaring_asks_again() -> None:
+    story = Confined(app_of(rounds={"min_fit_clients": 1, "num_rounds": 1}))
+    await story.broker.connect("server").declare(Topology(exchanges=ingress().exchanges))
+    client = story.start_confined("c1")
+    await story.until(o.ServerAwaited)
+    serving = story.start_server()
+    assert (await serving).updates == 1
+    assert (await client).finished
     for bus in story.all_buses:
         await bus.close()
 
