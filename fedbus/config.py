@@ -15,9 +15,14 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VIRTUAL_ID = re.compile(r"virtual-([0-9]{5,12})-of-([0-9]{5,12})")
 
 
+def is_client_id(name: str) -> bool:
+    """Whether `name` can name a queue and a broker user."""
+    return _CLIENT_ID.fullmatch(name) is not None
+
+
 def check_client_id(client_id: str) -> str:
     """Return `client_id` when it can name a queue and a broker user, else raise `ConfigError`."""
-    if not _CLIENT_ID.fullmatch(client_id):
+    if not is_client_id(client_id):
         raise ConfigError(
             f"client id {client_id[:80]!r} cannot be used: take 1 to 64 letters, digits, '.', '_' or '-', "
             "beginning with a letter or digit"

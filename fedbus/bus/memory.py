@@ -176,7 +176,9 @@ class MemoryBroker:
 
     def _publish(self, exchange: str, routing_key: str, body: bytes, user: str, expires_at: float | None) -> int:
         """Store the message in every queue that takes it; how many do."""
-        queues = [self._queues[name] for name in self._exchange(exchange).queues(routing_key)]
+        queues = [self._queues[name] for name in self._route(exchange, routing_key)]
+        if any(queue.spec.refuses_all for queue in queues):
+            raise PublishUnconfirmed(f"publishing to {exchange}: the broker refused the message")
         for queue in queues:
             place = self._next_offset(queue, len(body)) if queue.is_stream else next(self._places)
             queue.ready.append(_Stored(body, routing_key, user, expires_at, place))
@@ -184,6 +186,11 @@ class MemoryBroker:
                 self._trim_stream(queue, len(body))
             self._dispatch(queue)
         return len(queues)
+
+    def _route(self, exchange: str, routing_key: str) -> dict[str, None]:
+        state = self._exchange(exchange)
+        found = dict.fromkeys(state.queues(routing_key))
+        return found or (self._route(state.spec.alternate, routing_key) if state.spec.alternate is not None else {})
 
     def _next_offset(self, queue: _Kept, size: int) -> int:
         """Offsets grow, but not by one: RabbitMQ writes a chunk of its own at the head of each new segment."""

@@ -316,8 +316,13 @@ class RabbitMQBus(Bus):
     async def declare(self, topology: Topology, *, remember: bool = True) -> None:
         for exchange in topology.exchanges:
             async with self._channel(f"declaring exchange {exchange.name}") as channel:
+                arguments: dict[str, Any] = (
+                    {} if exchange.alternate is None else {"alternate-exchange": exchange.alternate}
+                )
                 try:
-                    await channel.exchange_declare(exchange.name, exchange_type=exchange.kind, durable=True)
+                    await channel.exchange_declare(
+                        exchange.name, exchange_type=exchange.kind, durable=True, arguments=arguments
+                    )
                 except amqp.ChannelPreconditionFailed as exc:
                     raise QueueMismatch(
                         f"the broker holds an exchange of another version of fedbus ({_reason(exc)}): delete the "
@@ -533,6 +538,8 @@ def _queue_arguments(queue: Queue) -> dict[str, Any]:
         "x-expires": None if queue.expires_s is None else round(queue.expires_s * 1000),
         "x-max-length-bytes": queue.max_bytes,
         "x-stream-max-segment-size-bytes": queue.segment_bytes,
+        "x-max-length": 0 if queue.refuses_all else None,
+        "x-overflow": "reject-publish" if queue.refuses_all else None,
     }
     return {name: value for name, value in arguments.items() if value is not None}
 

@@ -3,19 +3,22 @@
     server ──> fedbus.broadcast (fanout) ──> fedbus.model        stream: each model version once
     server ──> fedbus.tasks     (direct) ──> fedbus.inbox.CLIENT tasks, receipts
     server ──> fedbus.jobs      (fanout) ──> fedbus.work         tasks of all virtual clients, for any worker
-    client ──> fedbus.control   (topic)  ──> fedbus.control      joins, heartbeats, evaluation results
-    client ──> fedbus.updates   (topic)  ──> fedbus.updates      updates, in parts; quorum
+    client ──> fedbus.control   (topic)  ──> .any ──> fedbus.control   joins, heartbeats, evaluation results
+    client ──> fedbus.updates   (topic)  ──> .any ──> fedbus.updates   updates, in parts; quorum
+                                         ──> fedbus.quarantine   refuses everything of those who flood
                                              fedbus.dead         what could not be processed
     server ──> fedbus.lock.server, client ──> fedbus.lock.client.CLIENT: held, so that there is only one of each
 
 A federation is a vhost: the names need no prefix of their own. Clients publish with their id as the routing key: the
 queues take them all, but a broker can be told (topic permissions) which keys a user may use. The routing key of a task
-is the client that it is for, in an inbox as in the queue of work. No exchange is called like a queue that others read:
-RabbitMQ's rights are for both, and whoever may read an exchange may bind another one to it.
+is the client that it is for, in an inbox as in the queue of work. What nothing else is bound for goes to an exchange's
+alternate: so that one client is kept out by one binding, whoever the others are. No exchange is called like a queue
+that others read: RabbitMQ's rights are for both, and whoever may read an exchange may bind another one to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -29,8 +32,7 @@ UPDATES = "fedbus.updates"
 DEAD = "fedbus.dead"
 SERVER_LOCK = "fedbus.lock.server"
 
-EVERY_KEY = "#"
-"""The binding of a topic exchange that takes whatever comes."""
+QUARANTINE = "fedbus.quarantine"
 
 QueueKind: TypeAlias = Literal["classic", "quorum", "stream"]
 MessageQueueKind: TypeAlias = Literal["classic", "quorum"]
@@ -40,8 +42,11 @@ _DAY_S = 86_400
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
+    """A durable exchange; what none of its bindings is for goes to the one named `alternate`."""
+
     name: str
     kind: Literal["direct", "fanout", "topic"]
+    alternate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class Queue:
     """A durable queue.
 
     `expires_s`: deleted after so long without a consumer. `max_bytes`: what is beyond is dropped from the old end; a
-    stream drops whole segments of `segment_bytes`.
+    stream drops whole segments of `segment_bytes`. `refuses_all`: every publish is refused, and its sender knows.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Queue:
     expires_s: float | None = None
     max_bytes: int | None = None
     segment_bytes: int | None = None
+    refuses_all: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +105,8 @@ def ingress(update_queue: MessageQueueKind = "quorum", message_queues: MessageQu
     return Topology(
         exchanges=(
             Exchange(name=TASKS, kind="direct"),
-            Exchange(name=CONTROL, kind="topic"),
-            Exchange(name=UPDATES, kind="topic"),
+            *(Exchange(name=_any(name), kind="fanout") for name in (CONTROL, UPDATES)),
+            *(Exchange(name=name, kind="topic", alternate=_any(name)) for name in (CONTROL, UPDATES)),
             Exchange(name=DEAD, kind="fanout"),
         ),
         queues=(
@@ -109,9 +115,27 @@ def ingress(update_queue: MessageQueueKind = "quorum", message_queues: MessageQu
             Queue(name=DEAD, kind=message_queues, delivery_limit=_limit(message_queues), max_bytes=64 << 20),
         ),
         bindings=(
-            Binding(exchange=CONTROL, queue=CONTROL, routing_key=EVERY_KEY),
-            Binding(exchange=UPDATES, queue=UPDATES, routing_key=EVERY_KEY),
+            Binding(exchange=_any(CONTROL), queue=CONTROL),
+            Binding(exchange=_any(UPDATES), queue=UPDATES),
             Binding(exchange=DEAD, queue=DEAD),
+        ),
+    )
+
+
+def _any(exchange: str) -> str:
+    """The exchange for all that nothing else is bound for."""
+    return f"{exchange}.any"
+
+
+def quarantine(routing_keys: Iterable[str]) -> Topology:
+    """What is published under these keys is refused."""
+    keys = sorted(routing_keys)
+    return Topology(
+        queues=(Queue(name=QUARANTINE, refuses_all=True),),
+        bindings=tuple(
+            Binding(exchange=exchange, queue=QUARANTINE, routing_key=key)
+            for key in keys
+            for exchange in (CONTROL, UPDATES)
         ),
     )
 

@@ -53,6 +53,7 @@ __all__ = [
     "UpdateFolded",
     "UpdateRefused",
     "UpdateRepeated",
+    "UserShutOut",
     "VirtualClientsEnrolled",
     "Welcomed",
     "WorkAwaited",
@@ -239,11 +240,24 @@ class AggregateDiscarded:
 class MessageRejected:
     """Bytes on a queue that are none of our messages, or not its sender's to send; those from the updates queue go to
     the dead letters. `user` is the broker user who sent them, None where that is the server's own, or not known.
+
+    `count` of them since the last word, `reason` that of the last: one word in a second about each user.
     """
 
     queue: str
     reason: str
     user: str | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserShutOut:
+    """What this broker user has sent was too much: for so many seconds nothing of it is read, and the broker takes
+    nothing more from `client_id`."""
+
+    user: str
+    client_id: str | None
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ _WARNINGS = (
     e.EvaluationFailed,
     e.AggregateDiscarded,
     e.MessageRejected,
+    e.UserShutOut,
     e.TaskErred,
     e.RefusalArrived,
 )
@@ -222,7 +223,12 @@ def _sentence(event: object) -> str:
         case e.AggregateDiscarded():
             return f"round {event.round}: its aggregate is discarded, the model stays: {event.reason}"
         case e.MessageRejected():
-            return f"a message on {event.queue} was rejected: {event.reason}"
+            who = "" if event.user is None else f" of {event.user}"
+            if event.count > 1:
+                return f"{event.count} messages{who} on {event.queue} were rejected, the last one: {event.reason}"
+            return f"a message{who} on {event.queue} was rejected: {event.reason}"
+        case e.UserShutOut():
+            return f"{event.user} sends too much: shut out for {event.seconds:.0f} s"
         case e.RunClosing():
             return f"the clients are sent home: {event.reason}"
         case e.RunFinished():

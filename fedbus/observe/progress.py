@@ -116,7 +116,13 @@ class Board:
             case o.FitFailed():
                 self._row(event.client_id).state = "failed"
                 self.announce(sentence(event), "red")
-            case o.EvaluateFailed() | o.EvaluationFailed() | o.MessageRejected() | o.AggregateDiscarded():
+            case (
+                o.EvaluateFailed()
+                | o.EvaluationFailed()
+                | o.MessageRejected()
+                | o.AggregateDiscarded()
+                | o.UserShutOut()
+            ):
                 self.announce(sentence(event), "red")
             case o.RoundClosed():
                 self._close(event)

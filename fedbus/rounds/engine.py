@@ -233,6 +233,11 @@ class Engine:
         """Whether this client is among the living."""
         return client_id in self._members
 
+    def session_of(self, client_id: str) -> str | None:
+        """The session of a living client; None of others."""
+        member = self._members.get(client_id)
+        return None if member is None else member.session
+
     def awaits(self, task_id: str, client_id: str) -> bool:
         """Whether an update for this task could still be taken: nothing else is worth any memory."""
         if task_id == self._task_id("parameters", 0, client_id):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from fedbus.bus.base import Delivery
-from fedbus.config import check_client_id
+from fedbus.config import check_client_id, is_client_id
 from fedbus.errors import DecodeError, one_line
 
 _SERVER = "server"
@@ -60,6 +60,15 @@ class Identity:
     def has_own_user(self, delivery: Delivery) -> bool:
         """Whether the broker vouches for more than that its sender knows the server's own password."""
         return delivery.user_id not in (None, self._own_user)
+
+    def is_worker(self, user: str) -> bool:
+        """Whether this is the user of the worker processes."""
+        return _without_generation(user) == self._worker
+
+    def client_of(self, user: str) -> str | None:
+        """The client that a user of its own is; None for the workers', or where it can be none."""
+        client_id = _without_generation(user).removeprefix(self._prefix)
+        return None if self.is_worker(user) or not is_client_id(client_id) else client_id
 
     def user_of(self, delivery: Delivery) -> str | None:
         """The sender as it may be shown and counted; None where the broker cannot tell."""

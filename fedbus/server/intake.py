@@ -11,12 +11,20 @@ from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.topology import UPDATES
 from fedbus.clock import now
 from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
-from fedbus.observe import events as o
 from fedbus.rounds import events as e
 from fedbus.rounds.engine import Engine
+from fedbus.server.guard import MESSAGE, REFUSED_UPDATE, Guard, cost_of_bytes
 from fedbus.server.identity import Identity
 from fedbus.server.slots import UploadSlots
-from fedbus.server.staging import StagedUpdate, Staging, UpdateCheck, check_initial
+from fedbus.server.staging import (
+    MAX_METRICS_BYTES,
+    MAX_TRANSFERS,
+    StagedUpdate,
+    Staging,
+    UpdateCheck,
+    check_initial,
+    metrics_bytes,
+)
 from fedbus.types import Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode
@@ -32,9 +40,9 @@ class UpdateIntake:
         consumer: the subscription to the updates queue.
         engine: asked whether an update is waited for, before any memory is taken for it.
         identity: knows who may speak for whom.
+        guard: meters who sends what nobody waits for, and tells of what is rejected.
         run_id: updates of other runs are refused.
         put: takes the events for the engine.
-        tell: takes the events for those who watch.
         grant: called with (client_id, task_id) when that upload may begin.
         stalled_after_s: seconds of silence after which an upload is asked for again, or given up if its sender is gone.
     """
@@ -44,10 +52,10 @@ class UpdateIntake:
         consumer: Consumer,
         engine: Engine,
         identity: Identity,
+        guard: Guard,
         *,
         run_id: str,
         put: Callable[[e.Event], None],
-        tell: Callable[[object], None],
         grant: Callable[[str, str], None],
         stalled_after_s: float,
     ) -> None:
@@ -56,7 +64,7 @@ class UpdateIntake:
         self._identity = identity
         self._run_id = run_id
         self._put = put
-        self._tell = tell
+        self._guard = guard
         self._staging = Staging()
         self._check: UpdateCheck | None = None
         self._stalled_after_s = stalled_after_s
@@ -82,6 +90,10 @@ class UpdateIntake:
     def get(self, token: int) -> StagedUpdate:
         """The update behind an event's `delivery`."""
         return self._staging.get(token)
+
+    def request_upload(self, client_id: str, task_id: str, nbytes: int) -> None:
+        """Let an upload queue up; one that is said to be larger than an update can be counts as one that is."""
+        self.slots.request(client_id, task_id, nbytes if self._check is None else min(nbytes, self._check.nbytes))
 
     async def settle(self, token: int, *, keep_in_broker: bool) -> None:
         """Forget the update and acknowledge it, or leave it with the broker.
@@ -114,17 +126,22 @@ class UpdateIntake:
         async for delivery in self._consumer:
             self._last_arrival = now()
             self.received_bytes += len(delivery.body)
+            if self._guard.is_shut_out(UPDATES, delivery):
+                await self._consumer.ack(delivery)
+                continue
             try:
                 message = self._decode(delivery)
             except (DecodeError, ConfigError) as exc:
                 await self._reject(delivery, exc)
                 continue
             if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
+                self._guard.spend(delivery, _cost_of_copy(delivery))
                 await self._consumer.ack(delivery)
                 continue
             if not self._staging.refresh(message, delivery):
                 await self._stage(message, delivery)
             if copies := self._staging.take_copies():
+                self._guard.spend(delivery, _cost_of_copy(delivery))
                 await self._consumer.ack(*copies)
 
     def _decode(self, delivery: Delivery) -> m.Update | m.Part:
@@ -140,19 +157,20 @@ class UpdateIntake:
         return dataclasses.replace(message, transfer=f"{delivery.user_id}/{message.transfer}")
 
     async def _reject(self, delivery: Delivery, exc: Exception) -> None:
-        self._tell(o.MessageRejected(queue=UPDATES, reason=str(exc), user=self._identity.user_of(delivery)))
+        self._guard.rejected(UPDATES, delivery, str(exc))
         await self._consumer.reject(delivery, requeue=False)
 
     async def _stage(self, message: m.Update | m.Part, delivery: Delivery) -> None:
         arrived_at = now()
         try:
             if isinstance(message, m.Part):
-                token = self._staging.add(message, delivery, arrived_at)
+                token = self._staging.add(message, delivery, arrived_at, user=self._identity.user_of(delivery))
             else:
                 self._check_head(message)
                 await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
                 token = self._staging.begin(message, delivery, arrived_at)
         except UpdateRefused as exc:
+            self._guard.spend(delivery, REFUSED_UPDATE)
             self._report_invalid(self._staging.refuse(message, delivery), str(exc))
         except DecodeError as exc:
             await self._reject(delivery, exc)
@@ -174,10 +192,15 @@ class UpdateIntake:
 
     def _check_head(self, update: m.Update) -> None:
         """Before any memory is taken for it."""
+        if metrics_bytes(update.metrics) > MAX_METRICS_BYTES:
+            raise UpdateRefused(f"metrics of {metrics_bytes(update.metrics)} bytes, {MAX_METRICS_BYTES} at most")
         if update.run_id != self._run_id:
             raise UpdateRefused(f"it belongs to run {update.run_id[:40]}, which is over")
         if not self._engine.awaits(update.task_id, update.client_id):
             raise UpdateRefused("nobody waits for it")  # the engine knows the reason, or that it is a duplicate
+        others = set(self._staging.of_client(update.client_id)) - {update.transfer}
+        if len(others) >= MAX_TRANSFERS:
+            raise UpdateRefused(f"{len(others)} other updates of its sender are half here")
         if self._check is None:
             check_initial(update)
         else:
@@ -208,6 +231,7 @@ class UpdateIntake:
             await asyncio.sleep(self._stalled_after_s / 4)
             before = now() - self._stalled_after_s
             self.slots.release_stalled(before)
+            self.slots.release_slow(before)
             for transfer in self._staging.stalled(before):
                 head = self._staging.head_of(transfer)
                 if head is None:
@@ -221,6 +245,11 @@ class UpdateIntake:
 
     def _may_go_on(self, head: m.Update) -> bool:
         return self._engine.is_member(head.client_id) and self._engine.awaits(head.task_id, head.client_id)
+
+
+def _cost_of_copy(delivery: Delivery) -> float:
+    """Of a part that changes nothing: an honest client sends a whole update twice when it is asked again."""
+    return MESSAGE + cost_of_bytes(delivery) / 16
 
 
 def _utility(update: StagedUpdate) -> float | None:

@@ -63,6 +63,7 @@ from fedbus.rounds.engine import Engine, Fate
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.server.bases import Bases
 from fedbus.server.checkpoint import RunFolder
+from fedbus.server.guard import JOIN, MESSAGE, Guard
 from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord, record_from_json
 from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
@@ -70,7 +71,7 @@ from fedbus.server.ledger import Fenced, LastCommit, Ledger
 from fedbus.server.presence import Presence
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.slots import eager_share
-from fedbus.server.staging import StagedUpdate, check_finite
+from fedbus.server.staging import MAX_EXAMPLES, MAX_METRICS_BYTES, StagedUpdate, check_finite, metrics_bytes
 from fedbus.server.status import as_json, describe
 from fedbus.server.virtual import VirtualClients
 from fedbus.strategies.base import ClientUpdate, Strategy
@@ -79,12 +80,16 @@ from fedbus.training.base import check_evaluate_result
 from fedbus.training.thread import Caller, UserThread
 from fedbus.types import Array, EvaluateResult, Tensors
 from fedbus.wire import messages as m
-from fedbus.wire.codec import decode, encode
+from fedbus.wire.codec import MAX_CONTROL_BYTES, decode, encode
 
 _LOGGER = logging.getLogger("fedbus.server")
 
 _CONTROL_PREFETCH = 256
+_DROPS_AT_ONCE = 64
 _SENDS_AT_ONCE = 64
+_MOST_REPLIES = 4096
+_MOST_MENTIONS = 100
+"""How often a client that comes and goes is noted to be gone."""
 _GOODBYE_S = 3600.0
 _REDELIVERY_PAUSE_S = 0.2
 """The broker has given again what it had once nothing has come for so long."""
@@ -201,7 +206,7 @@ class Server:
         self._tidied_at = self._history_due_at = -math.inf
         self._publisher = self._make_publisher()
         self._events = _Events()
-        self._replies: asyncio.Queue[tuple[str, m.InboxMessage]] = asyncio.Queue()  # to upload requests
+        self._replies: asyncio.Queue[tuple[str, m.InboxMessage]] = asyncio.Queue(_MOST_REPLIES)  # to upload requests
         self._outbound: asyncio.Queue[tuple[str, m.InboxMessage, float | None]] = asyncio.Queue(1024)
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         # At most one evaluation waits: a slow evaluate_fn slows the rounds down instead of piling up models.
@@ -243,6 +248,7 @@ class Server:
             every_s=app.rounds.lease_s / 4,
         )
         self._identity = Identity(bus.user, self._virtual)
+        self._guard = Guard(bus, self._identity, self._tell)
         self._with_inbox: set[str] = set()  # those that we made
         self._engine: Engine | None = None
         self._presence: Presence | None = None
@@ -329,6 +335,7 @@ class Server:
                 await self._send_home(reason)
             raise exc from group
         finally:
+            self._guard.tell_rest()
             self._user_thread.close()
             self._complete_history()
             self._ledger.close()
@@ -382,9 +389,9 @@ class Server:
                 updates,
                 engine,
                 self._identity,
+                self._guard,
                 run_id=self._run_id,
                 put=self._events.put,
-                tell=self._tell,
                 grant=self._grant,
                 stalled_after_s=self._stalled_after_s,
             )
@@ -402,6 +409,7 @@ class Server:
 
     async def _declare(self) -> None:
         update_queue, message_queues = self._app.update_queue, self._app.message_queues
+        await self._guard.begin()
         try:
             await self._bus.declare(ingress(update_queue, message_queues))
             await self._virtual.declare()
@@ -523,6 +531,7 @@ class Server:
                 presence.watch(),
                 self._virtual.stay_present(),
                 self._virtual.watch_workers(),
+                self._guard.keep_doors(),
             ]
             if self._last_commit is None:
                 await self._virtual.take_back()  # what a run left behind that nobody goes on with
@@ -555,21 +564,36 @@ class Server:
     # ---- in: control messages ------------------------------------------------------------------------------------
 
     async def _receive_control(self, consumer: Consumer) -> None:
+        dropped: list[Delivery] = []
         async for delivery in consumer:
+            if self._guard.is_shut_out(CONTROL, delivery):
+                dropped.append(delivery)
+                if len(dropped) >= _DROPS_AT_ONCE:
+                    await consumer.ack(*dropped)
+                    dropped.clear()
+                continue
             try:
-                message = decode(delivery.body)
+                message = decode(delivery.body, most_bytes=MAX_CONTROL_BYTES)
                 self._check_sender(delivery, message)
+                self._guard.spend(delivery, self._cost_of(message))
                 if isinstance(message, m.Join) and self._identity.has_own_user(delivery):
                     await self._make_inbox(message.client_id)
                 event = self._control_event(message)
             except (DecodeError, ConfigError) as exc:
-                user = self._identity.user_of(delivery)
-                self._tell(o.MessageRejected(queue=CONTROL, reason=str(exc), user=user))
+                self._guard.rejected(CONTROL, delivery, str(exc))
                 event = None
             if event is not None:
                 await self._events.put_from_outside(event)
             # Signs of life and small results are told again or time out: nothing depends on this one copy.
-            await consumer.ack(delivery)
+            await consumer.ack(*dropped, delivery)
+            dropped.clear()
+
+    def _cost_of(self, message: m.Message) -> int:
+        """What a control message costs its sender."""
+        if isinstance(message, m.Heartbeat) and self._engine is not None and message.run_id == self._run_id:
+            is_usual = self._engine.session_of(message.client_id) == message.session
+            return MESSAGE if is_usual else JOIN
+        return JOIN if isinstance(message, m.Join | m.Heartbeat | m.Leave) else MESSAGE
 
     async def _make_inbox(self, client_id: str) -> None:
         """Whoever has a user of its own may not be allowed to make it itself."""
@@ -630,9 +654,9 @@ class Server:
         assert self._intake is not None
         fate = self._engine.fate(request.task_id, client_id)
         if fate is Fate.AWAITED:
-            self._intake.slots.request(client_id, request.task_id, request.nbytes)
+            self._intake.request_upload(client_id, request.task_id, request.nbytes)
         elif fate in (Fate.COMMITTED, Fate.UNWANTED):
-            self._replies.put_nowait((client_id, self._verdict(request.task_id, client_id)))
+            self._reply(client_id, self._verdict(request.task_id, client_id))
 
     def _status_requested(self, request: m.StatusRequest) -> None:
         """Answer in turn; of too many questions at once some are dropped, and asked again."""
@@ -672,7 +696,12 @@ class Server:
 
     def _grant(self, client_id: str, task_id: str) -> None:
         grant = m.UploadGrant(task_id=task_id, run_id=self._run_id, epoch=self._epoch)
-        self._replies.put_nowait((client_id, grant))
+        self._reply(client_id, grant)
+
+    def _reply(self, client_id: str, reply: m.InboxMessage) -> None:
+        """What finds no room is asked for again."""
+        with contextlib.suppress(asyncio.QueueFull):
+            self._replies.put_nowait((client_id, reply))
 
     def _verdict(self, task_id: str, client_id: str) -> m.Receipt | m.Refusal:
         """Of an update that is not waited for."""
@@ -715,7 +744,10 @@ class Server:
             self._events.put(e.TasksInDoubt())
 
     def _evaluate_event(self, report: m.EvaluateReport) -> e.Event:
-        if report.num_examples < 1 or not math.isfinite(report.loss):
+        if metrics_bytes(report.metrics) > MAX_METRICS_BYTES:
+            reason = f"metrics of {metrics_bytes(report.metrics)} bytes, {MAX_METRICS_BYTES} at most"
+            return e.TaskFailed(client_id=report.client_id, task_id=report.task_id, reason=reason)
+        if not 1 <= report.num_examples <= MAX_EXAMPLES or not math.isfinite(report.loss):
             reason = f"loss {report.loss} over {report.num_examples} examples cannot be averaged"
             return e.TaskFailed(client_id=report.client_id, task_id=report.task_id, reason=reason)
         if self._engine is not None and self._engine.awaits_report(report.task_id, report.client_id):
@@ -859,7 +891,8 @@ class Server:
                 self._members_changed.set()
             case c.MemberLost():
                 gone = self._history.clients_left if notice.left else self._history.clients_lost
-                gone.append(notice.client_id)
+                if gone.count(notice.client_id) < _MOST_MENTIONS:
+                    gone.append(notice.client_id)
                 self._members_changed.set()
                 if self._intake is not None:
                     self._intake.slots.release_client(notice.client_id)

@@ -19,6 +19,10 @@ EAGER_BYTES: Final = 64 << 20
 """What all clients together may send unasked."""
 
 
+SLOWEST_BYTES_PER_S: Final = 1 << 20
+"""An upload that is slower keeps its place no longer than this one would, and some."""
+
+
 def eager_share(clients: int) -> int:
     """The largest update, in payload bytes, that each of so many clients may send without asking."""
     return EAGER_BYTES // max(1, clients)
@@ -29,6 +33,7 @@ class _Upload:
     client_id: str
     nbytes: int
     touched_at: float
+    granted_at: float = 0.0
 
 
 class UploadSlots:
@@ -101,11 +106,17 @@ class UploadSlots:
             if upload.touched_at < before:
                 self.release(task_id)
 
+    def release_slow(self, before: float) -> None:
+        """Let others in beside uploads that take for ever: those go on, but hold nobody up."""
+        for task_id, upload in list(self._granted.items()):
+            if self._waiting and upload.granted_at + upload.nbytes / SLOWEST_BYTES_PER_S < before:
+                self.release(task_id)
+
     def pump(self) -> None:
         """Grant what can be granted now."""
         while self._waiting and self._has_room(next(iter(self._waiting.values())).nbytes) and not self._is_full():
             task_id, upload = self._waiting.popitem(last=False)
-            upload.touched_at = self._clock()
+            upload.touched_at = upload.granted_at = self._clock()
             self._granted[task_id] = upload
             self._grant(upload.client_id, task_id)
 

@@ -18,13 +18,28 @@ import numpy as np
 from fedbus.bus.base import Delivery
 from fedbus.errors import DecodeError, UpdateRefused
 from fedbus.types import Array, Metrics, Tensors, delta_dtype
-from fedbus.wire.arrays import dtype_name, payload_bytes
+from fedbus.wire.arrays import TensorSpec, dtype_name, payload_bytes
 from fedbus.wire.codec import MAX_PART_BYTES
 from fedbus.wire.messages import Part, Update
 from fedbus.wire.transfer import MIN_PART_BYTES, PartedAssembly, PartedTensors
 
 MAX_ORPHAN_BYTES = 64 << 20
 """What is kept of parts whose head has not come yet: the broker keeps the order, but for redeliveries."""
+
+MAX_ORPHAN_BYTES_OF_USER = 16 << 20
+"""What is kept of those of one user, where users can be told apart."""
+
+MAX_TRANSFERS = 4
+"""Updates of one client that may be half here at a time: each may take the memory of a whole one."""
+
+MAX_METRICS_BYTES = 16 << 10
+"""What the metrics of one update or evaluation may take: they go into the history of the run."""
+
+MAX_STEP = 2.0**64
+"""No training moves a weight so far in one round; sums of such steps would take memory for their many digits."""
+
+_ORPHAN_OVERHEAD_BYTES = 4096
+"""What a part that waits counts beside its payload: there could be any number of empty ones."""
 
 MAX_EXAMPLES = 1 << 40
 """A weight beyond this is a mistake or an attack; sums of such weights stay exact in float64."""
@@ -64,6 +79,7 @@ class _Transfer:
 
 @dataclass(slots=True)
 class _Orphans:
+    user: str | None
     touched_at: float
     parts: list[tuple[Part, Delivery]] = field(default_factory=list)
     size: int = 0
@@ -75,6 +91,8 @@ class Staging:
     def __init__(self) -> None:
         self._transfers: dict[str, _Transfer] = {}
         self._orphans: dict[str, _Orphans] = {}
+        self._orphan_bytes = 0
+        self._orphan_bytes_of: dict[str | None, int] = {}
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._updates: dict[int, StagedUpdate] = {}
         self._by_transfer: dict[str, StagedUpdate] = {}
@@ -127,27 +145,42 @@ class Staging:
         orphans = self._orphans.get(head.transfer)
         for part, its_delivery in orphans.parts if orphans else ():
             self._take(transfer, part, its_delivery, now)
-        self._orphans.pop(head.transfer, None)  # only now: what is refused must be found whole
+        self._pop_orphans(head.transfer)  # only now: what is refused must be found whole
         return self._finish(transfer)
 
-    def add(self, part: Part, delivery: Delivery, now: float) -> int | None:
-        """Take a further part; the token of the update when it is whole by now.
+    def add(self, part: Part, delivery: Delivery, now: float, *, user: str | None = None) -> int | None:
+        """Take a further part, of `user` where that is known; the token of the update when it is whole by now.
 
         Raises `DecodeError` for a part whose head never came, `UpdateRefused` for one that does not fit its head.
         """
         transfer = self._transfers.get(part.transfer)
         if transfer is None:
-            if sum(orphans.size for orphans in self._orphans.values()) + len(part.payload) > MAX_ORPHAN_BYTES:
-                raise DecodeError("a part of a transfer that is not under way")
-            orphans = self._orphans.setdefault(part.transfer, _Orphans(now))
-            orphans.parts.append((part, _bare(delivery)))
-            orphans.size += len(part.payload)
+            self._keep_orphan(part, delivery, now, user)
             return None
         try:
             self._take(transfer, part, delivery, now)
         except DecodeError as exc:
             raise UpdateRefused(str(exc)) from exc
         return self._finish(transfer)
+
+    def _keep_orphan(self, part: Part, delivery: Delivery, now: float, user: str | None) -> None:
+        size = len(part.payload) + _ORPHAN_OVERHEAD_BYTES
+        of_user = self._orphan_bytes_of.get(user, 0) + size
+        most = MAX_ORPHAN_BYTES if user is None else MAX_ORPHAN_BYTES_OF_USER
+        if of_user > most or self._orphan_bytes + size > MAX_ORPHAN_BYTES:
+            raise DecodeError("a part of a transfer that is not under way")
+        orphans = self._orphans.setdefault(part.transfer, _Orphans(user, now))
+        orphans.parts.append((part, _bare(delivery)))
+        orphans.size += size
+        self._orphan_bytes += size
+        self._orphan_bytes_of[user] = of_user
+
+    def _pop_orphans(self, transfer: str) -> _Orphans | None:
+        orphans = self._orphans.pop(transfer, None)
+        if orphans is not None:
+            self._orphan_bytes -= orphans.size
+            self._orphan_bytes_of[orphans.user] -= orphans.size
+        return orphans
 
     def refuse(self, message: Update | Part, delivery: Delivery) -> int:
         """Give up the transfer of `message`: the token of an update without tensors, with all its deliveries."""
@@ -209,7 +242,7 @@ class Staging:
         transfer.touched_at = now
         if transfer.assembly.take(message):
             for name, _, values in transfer.assembly.pieces_of(message):
-                check_finite({name: values})
+                check_step(name, values)
         self._renew(transfer.deliveries, _index(message), delivery)
 
     def _finish(self, transfer: _Transfer) -> int | None:
@@ -255,7 +288,7 @@ class Staging:
         """Forget a transfer that went wrong; its deliveries are the caller's to settle."""
         self._note_aborted(transfer)
         known = self._transfers.pop(transfer, None)
-        orphans = self._orphans.pop(transfer, None)
+        orphans = self._pop_orphans(transfer)
         deliveries = list(known.deliveries.values()) if known else []
         return deliveries + [delivery for _, delivery in (orphans.parts if orphans else ())]
 
@@ -292,6 +325,9 @@ class UpdateCheck:
             name: (dtype_name(delta_dtype(value.dtype)), tuple(value.shape)) for name, value in model.items()
         }
 
+        self.nbytes = payload_bytes(tuple(TensorSpec(name, *kind) for name, kind in self._expected.items()))
+        """The payload of an update that holds every tensor."""
+
     def head(self, update: Update) -> None:
         """Raise `UpdateRefused` for what can be told before the tensors are here: weight, names, dtypes, shapes."""
         check_parts(update)
@@ -322,6 +358,24 @@ def check_initial(update: Update) -> None:
         raise UpdateRefused("get_parameters returned no tensors")
     if payload_bytes(update.schema) > MAX_INITIAL_BYTES:
         raise UpdateRefused(f"an initial model of {payload_bytes(update.schema)} bytes, {MAX_INITIAL_BYTES} at most")
+
+
+def metrics_bytes(metrics: Metrics) -> int:
+    """About what metrics take in a record: names, texts, and 8 for a number."""
+    return sum(len(name) + (len(value) if isinstance(value, str | bytes) else 8) for name, value in metrics.items())
+
+
+def check_step(name: str, values: Array) -> None:
+    """Raise `UpdateRefused` for a piece of a delta with NaN, infinite or absurdly large values."""
+    if values.dtype.kind in "iub" or not values.size:
+        return
+    real = values.view(values.real.dtype) if values.dtype.kind == "c" else values
+    with np.errstate(invalid="ignore"):
+        highest, lowest = float(np.maximum.reduce(real)), float(np.minimum.reduce(real))
+    if lowest > -MAX_STEP and highest < MAX_STEP:  # not so with NaN
+        return
+    check_finite({name: values})
+    raise UpdateRefused(f"tensor {name!r} moves by {max(highest, -lowest):.3g}: {MAX_STEP:.3g} is too far")
 
 
 def check_finite(tensors: Tensors) -> None:

@@ -20,8 +20,13 @@ from fedbus.wire.messages import Message
 
 PROTOCOL: Final = 1
 MAX_HEAD_BYTES: Final = 1 << 20
+MAX_CONTROL_BYTES: Final = 1 << 17
+"""A control message, whole: there may be many, and what a small map takes in memory is a hundred times its bytes."""
 MAX_PART_BYTES: Final = 8 << 20
 """With its head a part stays under 16 MiB, the largest message that RabbitMQ 4 takes by default."""
+
+_FRAME_BYTES: Final = 12
+"""What `encode` puts around head and payload."""
 
 MAX_TEXT_CHARS: Final = 4096
 MAX_SCALARS: Final = 256
@@ -70,10 +75,11 @@ def encode(message: Message) -> bytes:
         head = msgpack.packb([type(message).__name__, _plain_fields(message)], use_bin_type=True)
     except (OverflowError, ValueError, TypeError) as exc:
         raise ConfigError(f"a {type(message).__name__} cannot travel: {exc}") from exc
-    if len(head) > MAX_HEAD_BYTES:
+    limit = MAX_CONTROL_BYTES - _FRAME_BYTES if isinstance(message, messages.ControlMessage) else MAX_HEAD_BYTES
+    if len(head) > limit:
         raise ConfigError(
             f"a {type(message).__name__} with {len(head)} bytes of names and metrics cannot travel: "
-            f"{MAX_HEAD_BYTES} at most (fewer tensors or shorter names)"
+            f"{limit} at most (fewer tensors or shorter names)"
         )
     if size > MAX_PART_BYTES:
         raise ConfigError(f"a part of {size} bytes cannot travel: {MAX_PART_BYTES} at most")
@@ -112,9 +118,14 @@ def _plain_fields(message: Message) -> dict[str, object]:
 # ---- decoding ---------------------------------------------------------------------------------------------------
 
 
-def decode(body: Buffer) -> Message:
-    """The message in `body`; its payload is a view into it. Raises `DecodeError`, and nothing else."""
+def decode(body: Buffer, *, most_bytes: int | None = None) -> Message:
+    """The message in `body`; its payload is a view into it. Raises `DecodeError`, and nothing else.
+
+    What has more than `most_bytes` is not looked at.
+    """
     view = memoryview(body)
+    if most_bytes is not None and len(view) > most_bytes:
+        raise DecodeError(f"a message of {len(view)} bytes, {most_bytes} at most")
     if len(view) < 2 or view[0] != 0x93:
         raise DecodeError("not a fedbus message")
     if view[1] != PROTOCOL:

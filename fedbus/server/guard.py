@@ -1,0 +1,166 @@
+"""What a client costs the others is bounded: what it sends is metered by its broker user, and a flood is kept out.
+
+The broker checks who sends a message, so that whoever has a user of its own (a provisioned federation) can be held to
+account; where all share the server's user nobody can be told from the others, and nothing is metered.
+
+Whoever uses up its allowance is shut out for a while: what it has sent is dropped before it is looked at, and the
+broker refuses further messages under its routing key (a client may use no other), which neither costs the server
+anything nor fills the queues that all share. An honest client that was shut out by mistake sends again what was
+refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from fedbus.bus.base import Bus, Delivery
+from fedbus.bus.topology import QUARANTINE, quarantine
+from fedbus.clock import now
+from fedbus.errors import BrokerDenied, PublishUnconfirmed, QueueMismatch, QueueMissing
+from fedbus.observe import events as o
+from fedbus.server.identity import Identity
+from fedbus.server.meter import Allowance, Meter
+
+_LOGGER = logging.getLogger("fedbus.server")
+
+CLIENT: Final = Allowance(per_s=200, burst=5000)
+WORKERS: Final = Allowance(per_s=20_000, burst=500_000)
+"""All worker processes together: they speak for any number of virtual clients."""
+
+MESSAGE: Final = 1
+"""A heartbeat, an upload request: what is soon done with. So is a part that came already, or that nobody needs now."""
+JOIN: Final = 50
+"""It is answered, noted in the ledger, and may be given its task again: 4 in a second at length, 100 at once."""
+REFUSED_UPDATE: Final = 50
+"""It goes through the engine and the ledger, and its sender is told why."""
+REJECTED: Final = 20
+"""Bytes that are no message of ours, or not the sender's to send."""
+_BYTES_PER_TOKEN: Final = 1 << 14
+
+_TELL_EVERY_S: Final = 1.0
+SHUT_OUT: Final = "its sender is shut out for flooding"
+
+
+def cost_of_bytes(delivery: Delivery) -> float:
+    """What it costs to carry so many bytes for nothing: 64 a MiB."""
+    return len(delivery.body) / _BYTES_PER_TOKEN
+
+
+@dataclass(slots=True)
+class _Untold:
+    count: int
+    reason: str
+
+
+class Guard:
+    """Meters users, tells what was rejected without flooding the log in turn, and keeps floods out.
+
+    Args:
+        bus: the server's own.
+        identity: knows which client a user is.
+        tell: takes the events for those who watch.
+    """
+
+    def __init__(self, bus: Bus, identity: Identity, tell: Callable[[object], None]) -> None:
+        self._bus = bus
+        self._identity = identity
+        self._tell = tell
+        self._meter = Meter()
+        self._untold: dict[tuple[str, str | None], _Untold] = {}
+        self._told_at: dict[tuple[str, str | None], float] = {}
+        self._kept_out: dict[str, float] = {}  # routing key -> until when
+        self._changed = asyncio.Event()
+
+    def is_shut_out(self, queue: str, delivery: Delivery) -> bool:
+        """Whether the message is to be dropped unread; then it has been noted."""
+        user = delivery.user_id
+        if user is None or not self._meter.is_shut(user):
+            return False
+        self._note(queue, user, SHUT_OUT)
+        return True
+
+    def spend(self, delivery: Delivery, cost: float) -> None:
+        """Put the cost of a message down to its sender."""
+        user = delivery.user_id
+        if user is None or not self._identity.has_own_user(delivery):
+            return
+        shut_s = self._meter.spend(user, cost, WORKERS if self._identity.is_worker(user) else CLIENT)
+        if shut_s:
+            self._shut_out(user, shut_s)
+
+    def rejected(self, queue: str, delivery: Delivery, reason: str) -> None:
+        """Tell of a message that was none, and put it down to its sender."""
+        self._note(queue, self._identity.user_of(delivery), reason)
+        self.spend(delivery, REJECTED + cost_of_bytes(delivery))
+
+    # ---- words -----------------------------------------------------------------------------------------------------
+
+    def _note(self, queue: str, user: str | None, reason: str) -> None:
+        """The first at once; those that follow within a second with a count, when it is over."""
+        key = queue, user
+        waiting = self._untold.get(key)
+        if waiting is not None:
+            waiting.count += 1
+            waiting.reason = reason
+            return
+        rest_s = self._told_at.get(key, -_TELL_EVERY_S) + _TELL_EVERY_S - now()
+        if rest_s <= 0:
+            self._told_at[key] = now()
+            self._tell(o.MessageRejected(queue=queue, reason=reason, user=user))
+        else:
+            self._untold[key] = _Untold(1, reason)
+            asyncio.get_running_loop().call_later(rest_s, self._tell_count, key)
+
+    def tell_rest(self) -> None:
+        """The run is over: nothing more will be counted."""
+        for key in list(self._untold):
+            self._tell_count(key)
+
+    def _tell_count(self, key: tuple[str, str | None]) -> None:
+        untold = self._untold.pop(key, None)
+        if untold is None:  # told at the end of the run
+            return
+        self._told_at[key] = now()
+        self._tell(o.MessageRejected(queue=key[0], user=key[1], reason=untold.reason, count=untold.count))
+
+    # ---- the broker's door -----------------------------------------------------------------------------------------
+
+    def _shut_out(self, user: str, seconds: float) -> None:
+        client_id = self._identity.client_of(user)
+        self._tell(o.UserShutOut(user=user, client_id=client_id, seconds=seconds))
+        if client_id is not None:
+            self._kept_out[client_id] = now() + seconds
+            self._changed.set()
+
+    async def begin(self) -> None:
+        """Let everybody in: a server that died may have left its doors shut."""
+        await self._bus.delete_queue(QUARANTINE)
+
+    async def keep_doors(self) -> None:
+        """Shut and open them, for ever."""
+        shut: set[str] = set()
+        while True:
+            until = min(self._kept_out.values(), default=None)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if until is None else max(0.0, until - now())):
+                    await self._changed.wait()
+            self._changed.clear()
+            self._kept_out = {key: end for key, end in self._kept_out.items() if end > now()}
+            if shut != self._kept_out.keys():
+                shut = await self._keep_out(set(self._kept_out), shut)
+
+    async def _keep_out(self, keys: set[str], former: set[str]) -> set[str]:
+        """A binding is taken away with its queue: the others' are made anew at once."""
+        try:
+            if not former <= keys:
+                await self._bus.delete_queue(QUARANTINE)
+            if keys:
+                await self._bus.declare(quarantine(keys), remember=False)
+        except (BrokerDenied, QueueMismatch, QueueMissing, PublishUnconfirmed) as exc:
+            _LOGGER.warning("the broker does not keep out who floods: %s", exc)
+        return keys
