@@ -30,7 +30,7 @@ from fedbus.bus.topology import (
     ingress,
     model_stream,
 )
-from fedbus.errors import BrokerClosed, QueueBusy, QueueMismatch, QueueMissing, Unroutable
+from fedbus.errors import BrokerClosed, PublishUnconfirmed, QueueBusy, QueueMismatch, QueueMissing, Unroutable
 from tests.faults.proxy import Proxy
 
 Connect: TypeAlias = Callable[[], Awaitable[Bus]]
@@ -302,6 +302,34 @@ async def test_a_direct_exchange_goes_by_the_routing_key(bus: Bus, name: Iterato
         assert await nothing_comes(at_a)
     for each in (a, b):
         await bus.delete_queue(each)
+
+
+async def test_what_no_binding_is_for_goes_to_the_alternate_and_a_queue_may_refuse_everything(
+    open_bus: Connect, name: Iterator[str]
+) -> None:
+    bus = await open_bus()
+    exchange = next(name)
+    rest, closed = f"{exchange}.any", f"{exchange}.closed"
+    shut = Topology(
+        queues=(Queue(name=closed, refuses_all=True),),
+        bindings=(Binding(exchange=exchange, queue=closed, routing_key="mallory"),),
+    )
+    await bus.declare(
+        Topology(
+            exchanges=(Exchange(name=rest, kind="fanout"), Exchange(name=exchange, kind="topic", alternate=rest)),
+            queues=(Queue(name=rest),),
+            bindings=(Binding(exchange=rest, queue=rest),),
+        )
+    )
+    await bus.declare(shut, remember=False)
+    with pytest.raises(PublishUnconfirmed):
+        await bus.publish(exchange, "mallory", b"no", timeout_s=1.0)
+    await bus.publish(exchange, "alice", b"yes")
+    await bus.delete_queue(closed)
+    await bus.publish(exchange, "mallory", b"now")
+    async with bus.consume(rest, prefetch=0) as consumer:
+        assert [delivery.body for delivery in await take(consumer, 2)] == [b"yes", b"now"]
+    await bus.delete_queue(rest)
 
 
 async def test_an_expired_message_is_not_delivered(bus: Bus, queue: str) -> None:

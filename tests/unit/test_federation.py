@@ -31,7 +31,7 @@ from fedbus.types import Array, Config, FitResult, Scalar, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
 from fedbus.wire.transfer import checksum
-from tests.kit import AddingClient, Gate, app_of, cut, federation, pack, weighted
+from tests.kit import AddingClient, Gate, app_of, cut, eventually, federation, pack, weighted
 
 # ---- the arithmetic --------------------------------------------------------------------------------------------------
 
@@ -414,8 +414,7 @@ async def test_garbage_on_the_queues_is_set_aside_and_the_run_goes_on() -> None:
             await bus.publish(CONTROL, "", body)
             await bus.publish(UPDATES, "", body)
             await bus.publish("fedbus.tasks", "c1", body)
-        while story.broker.depth(DEAD) < 3:
-            await asyncio.sleep(0)
+        await eventually(lambda: story.broker.depth(DEAD) == 3)
         await story.until(o.MessageRejected, 2, queue=inbox("c1"))
         gate.open()
         assert (await serving).updates == 1

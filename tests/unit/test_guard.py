@@ -1,0 +1,192 @@
+"""Users that send too much are shut out, and only they; what is rejected is told without a flood in the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from fedbus.bus.base import Delivery
+from fedbus.bus.memory import MemoryBroker
+from fedbus.bus.topology import CONTROL, QUARANTINE, UPDATES, ingress
+from fedbus.errors import PublishUnconfirmed
+from fedbus.observe import events as o
+from fedbus.observe.logs import sentence
+from fedbus.server import guard as guards
+from fedbus.server.guard import Guard
+from fedbus.server.identity import Identity
+from fedbus.server.meter import Allowance, Meter
+from fedbus.wire import messages as m
+from fedbus.wire.codec import encode
+from tests.kit import Gate, app_of, eventually, federation
+
+FEW = Allowance(per_s=10, burst=100)
+
+
+def delivery(user: str | None, size: int = 0) -> Delivery:
+    return Delivery(body=bytes(size), tag=1, routing_key="", redelivered=False, offset=None, user_id=user)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def spends(meter: Meter, user: str, cost: float) -> float:
+    return meter.spend(user, cost, FEW)
+
+
+def test_whoever_spends_more_than_its_allowance_is_shut_out_alone_and_longer_each_time() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    assert [spends(meter, "mallory", 50) for _ in range(3)] == [0, 0, 10]
+    assert meter.is_shut("mallory")
+    assert not meter.is_shut("alice")
+    clock.now += 10
+    assert not meter.is_shut("mallory")
+    assert spends(meter, "mallory", 50) == 0  # filled again meanwhile
+    for length in (20, 40, 80, 160, 320, 600, 600):
+        assert spends(meter, "mallory", 10_000) == length
+        clock.now += length
+    clock.now += 1000
+    assert spends(meter, "mallory", 10_000) == 10  # forgiven at last
+
+
+def test_an_allowance_comes_back_with_time_and_no_further_than_its_burst() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    for _ in range(100):
+        assert spends(meter, "alice", 5) == 0
+        clock.now += 0.5
+    clock.now += 3600
+    assert spends(meter, "alice", 100) == 0
+    assert spends(meter, "alice", 1) == 10
+
+
+@pytest.fixture
+def told() -> list[object]:
+    return []
+
+
+@pytest.fixture
+async def guard(told: list[object]) -> Guard:
+    return Guard(MemoryBroker().connect("fed.server"), Identity("fed.server"), told.append)
+
+
+async def test_rejections_are_told_at_once_and_then_counted(guard: Guard, told: list[object]) -> None:
+    for reason in ("first", "second", "third"):
+        guard.rejected(CONTROL, delivery("fed.m1"), reason)
+    guard.rejected(CONTROL, delivery("fed.m2"), "another's")
+    guard.rejected(UPDATES, delivery(None), "nobody's")
+    guard.tell_rest()
+    assert told == [
+        o.MessageRejected(queue=CONTROL, reason="first", user="fed.m1"),
+        o.MessageRejected(queue=CONTROL, reason="another's", user="fed.m2"),
+        o.MessageRejected(queue=UPDATES, reason="nobody's"),
+        o.MessageRejected(queue=CONTROL, reason="third", user="fed.m1", count=2),
+    ]
+    assert sentence(told[-1]) == "2 messages of fed.m1 on fedbus.control were rejected, the last one: third"
+
+
+async def test_a_count_is_told_when_its_second_is_over(
+    guard: Guard, told: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "_TELL_EVERY_S", 0.01)
+    for _ in range(5):
+        guard.rejected(CONTROL, delivery("fed.m1"), "garbage")
+    await eventually(lambda: len(told) == 2)
+    assert told[1] == o.MessageRejected(queue=CONTROL, reason="garbage", user="fed.m1", count=4)
+    assert told[2:] == []
+
+
+async def test_large_garbage_costs_more_than_small_and_the_servers_own_user_is_never_shut_out(guard: Guard) -> None:
+    def sent(user: str, size: int) -> int:
+        for count in range(1, 2000):
+            guard.rejected(UPDATES, delivery(user, size), "garbage")
+            if guard.is_shut_out(UPDATES, delivery(user)):
+                return count
+        return 0
+
+    small, large = sent("fed.m1", 10), sent("fed.m2", 1 << 20)
+    assert 200 < small < 300
+    assert 50 < large < 70
+    assert sent("fed.server", 10) == 0
+
+
+def flood(message: m.Message | bytes) -> Iterator[bytes]:
+    body = message if isinstance(message, bytes) else encode(message)
+    while True:
+        yield body
+
+
+@pytest.mark.parametrize(
+    ("queue", "message"),
+    [
+        (CONTROL, b"garbage"),
+        (CONTROL, m.Heartbeat(client_id="c1", session="s", run_id="r", fit_task="")),
+        (CONTROL, m.Join(client_id="m1", session="s")),
+        (UPDATES, b"garbage"),
+        (UPDATES, m.Part(transfer="t", index=1, checksum=0, payload=b"")),
+    ],
+    ids=["garbage", "forged", "joins", "garbage for updates", "orphans"],
+)
+async def test_a_flood_is_kept_out_by_the_broker_and_the_run_goes_on(queue: str, message: m.Message | bytes) -> None:
+    gate = Gate()
+    async with federation(app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 1})) as story:
+        serving = story.start_server()
+        story.start_client("c1")
+        await story.until(o.TaskStarted)
+        mallory = story.broker.connect("m1")
+        refused = None
+        for count, body in enumerate(flood(message)):
+            try:
+                await mallory.publish(queue, "m1", body)
+            except PublishUnconfirmed as exc:
+                refused = exc
+                break
+            assert count < 20_000, "nothing stops the flood"
+        assert "refused" in str(refused)
+        shut = await story.until(o.UserShutOut)
+        assert (shut.user, shut.client_id) == ("m1", "m1")
+        assert len(story.told(o.MessageRejected)) < 20
+        gate.open()
+        assert (await serving).updates == 1
+
+
+async def test_a_server_that_died_leaves_nobody_out(told: list[object]) -> None:
+    broker = MemoryBroker()
+    own = broker.connect("fed.server")
+    await own.declare(ingress())
+    first = Guard(own, Identity("fed.server"), told.append)
+    keeping = asyncio.create_task(first.keep_doors())
+    while not first.is_shut_out(CONTROL, delivery("fed.m1")):
+        first.rejected(CONTROL, delivery("fed.m1"), "garbage")
+    mallory = broker.connect("fed.m1")
+    await eventually(lambda: QUARANTINE in broker._queues)
+    with pytest.raises(PublishUnconfirmed):
+        await mallory.publish(CONTROL, "m1", b"x")
+    keeping.cancel()
+    await Guard(own, Identity("fed.server"), told.append).begin()
+    await mallory.publish(CONTROL, "m1", b"x")
+
+
+async def test_a_door_opens_when_its_time_is_over(
+    guard: Guard, told: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedbus.server.meter._SHUT_S", 0.05)
+    broker = MemoryBroker()
+    own = broker.connect("fed.server")
+    await own.declare(ingress())
+    guard = Guard(own, Identity("fed.server"), told.append)
+    keeping = asyncio.create_task(guard.keep_doors())
+    while not guard.is_shut_out(CONTROL, delivery("fed.m1")):
+        guard.rejected(CONTROL, delivery("fed.m1"), "garbage")
+    mallory = broker.connect("fed.m1")
+    await eventually(lambda: QUARANTINE in broker._queues)
+    await eventually(lambda: QUARANTINE not in broker._queues)
+    await mallory.publish(CONTROL, "m1", b"x")
+    keeping.cancel()
