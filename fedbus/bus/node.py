@@ -721,6 +721,7 @@ def _prepare(settings: _Settings) -> str:
         # 24 h instead of 30 min: a delivery is acknowledged only when its round is committed
         "consumer_timeout = 86400000\n"
         "disk_free_limit.absolute = 50MB\n"
+        "max_message_size = 16777216\n"  # what RabbitMQ 4 allows; parts are about 1 MiB
         # The log of the quorum queues lies in memory, too, and then once more while it is moved: 512 MiB by default.
         f"raft.wal_max_size_bytes = {_WAL_BYTES}\n"
         "log.console = false\n"
@@ -759,7 +760,6 @@ def _listening(settings: _Settings) -> str:
             "ssl_cert_login_from = common_name",
             # The node's own administrator comes from this machine alone.
             f"loopback_users.{_USER} = true",
-            "max_message_size = 16777216",  # what RabbitMQ 4 allows; parts are about 1 MiB
         ]
     return "".join(f"{line}\n" for line in lines)
 

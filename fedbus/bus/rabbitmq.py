@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import aiormq
 from aiormq import exceptions as amqp
-from aiormq.abc import AbstractChannel, DeliveredMessage
+from aiormq.abc import AbstractChannel, ChannelFrame, DeliveredMessage
 
 from fedbus.bus.access import Access, access_to, redacted, user_of
 from fedbus.bus.base import Body, Bus, Consumer, Delivery, Offset, QueueState
@@ -302,6 +302,8 @@ class RabbitMQBus(Bus):
         self.user = user
         self._lane: _Lane | None = None
         self._publish_lock = asyncio.Lock()
+        self._aside: AbstractChannel | None = None
+        self._aside_lock = asyncio.Lock()
         self._asking: AbstractChannel | None = None
         self._asking_lock = asyncio.Lock()
         self._is_closing = False
@@ -314,6 +316,8 @@ class RabbitMQBus(Bus):
             self.on_blocked(reason)
 
     async def declare(self, topology: Topology, *, remember: bool = True) -> None:
+        if not remember:
+            return await self._declare_aside(topology)
         for exchange in topology.exchanges:
             async with self._channel(f"declaring exchange {exchange.name}") as channel:
                 arguments: dict[str, Any] = (
@@ -334,6 +338,21 @@ class RabbitMQBus(Bus):
         for binding in topology.bindings:
             async with self._channel(f"binding {binding.queue} to {binding.exchange}") as channel:
                 await channel.queue_bind(binding.queue, binding.exchange, binding.routing_key)
+
+    async def _declare_aside(self, topology: Topology) -> None:
+        """Queues and bindings of the moment, over a channel that is kept for them, where no deliveries come in.
+
+        Whoever keeps a flood out cannot wait for answers that come behind it.
+        """
+        assert not topology.exchanges, "what is of the moment has no exchanges"
+        async with self._aside_lock:
+            with _mapped("declaring queues and bindings"):
+                if self._aside is None or self._aside.is_closed:
+                    self._aside = await self._publishing.channel(publisher_confirms=False)
+                for queue in topology.queues:
+                    await self._aside.queue_declare(queue.name, durable=True, arguments=_queue_arguments(queue))
+                for binding in topology.bindings:
+                    await self._aside.queue_bind(binding.queue, binding.exchange, binding.routing_key)
 
     async def delete_queue(self, name: str) -> None:
         async with self._channel(f"deleting queue {name}") as channel:
@@ -390,6 +409,7 @@ class RabbitMQBus(Bus):
         arguments: dict[str, Any] = {} if offset is None else {"x-stream-offset": offset}
         with _mapped(f"consuming {queue}"):
             channel = await self._consuming.channel(publisher_confirms=False)
+        assert isinstance(channel, aiormq.Channel)
         try:
             consumer = _RabbitMQConsumer(channel, queue)
             with _mapped(f"consuming {queue}"):
@@ -545,7 +565,7 @@ def _queue_arguments(queue: Queue) -> dict[str, Any]:
 
 
 class _RabbitMQConsumer(Consumer):
-    def __init__(self, channel: AbstractChannel, queue: str) -> None:
+    def __init__(self, channel: aiormq.Channel, queue: str) -> None:
         self._channel = channel
         self._queue = queue
         self._arrived: asyncio.Queue[Delivery | BrokerError] = asyncio.Queue()  # bounded by the prefetch
@@ -585,13 +605,19 @@ class _RabbitMQConsumer(Consumer):
         return item
 
     async def ack(self, *deliveries: Delivery) -> None:
-        """One frame for all that were delivered up to some tag, where all of these are among the given ones."""
+        """One frame for all that were delivered up to some tag, where all of these are among the given ones.
+
+        The frames go out together: aiormq would give each to the socket by itself, which costs more than all the rest.
+        """
         up_to, rest = self._split([delivery.tag for delivery in deliveries])
+        frames = [aiormq.spec.Basic.Ack(delivery_tag=tag) for tag in rest]
+        if up_to is not None:
+            frames.insert(0, aiormq.spec.Basic.Ack(delivery_tag=up_to, multiple=True))
         with _mapped(f"acknowledging to {self._queue}"):
-            if up_to is not None:
-                await self._channel.basic_ack(up_to, multiple=True, wait=False)
-            for tag in rest:
-                await self._channel.basic_ack(tag, wait=False)
+            if self._channel.is_closed:
+                raise amqp.ChannelInvalidStateError("the channel is closed")
+            if frames:
+                await self._channel.write_queue.put(ChannelFrame.marshall(self._channel.number, frames))
 
     def _split(self, tags: list[int]) -> tuple[int | None, list[int]]:
         """Settle `tags`: the last of those that one frame covers, and the others."""

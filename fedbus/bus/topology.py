@@ -127,16 +127,19 @@ def _any(exchange: str) -> str:
     return f"{exchange}.any"
 
 
-def quarantine(routing_keys: Iterable[str]) -> Topology:
-    """What is published under these keys is refused."""
-    keys = sorted(routing_keys)
+def quarantine() -> Topology:
+    """The queue that refuses everything; nothing leads to it yet."""
+    return Topology(queues=(Queue(name=QUARANTINE, refuses_all=True),))
+
+
+def kept_out(routing_keys: Iterable[str]) -> Topology:
+    """What is published under these keys is refused, once there is the queue that does it."""
     return Topology(
-        queues=(Queue(name=QUARANTINE, refuses_all=True),),
         bindings=tuple(
             Binding(exchange=exchange, queue=QUARANTINE, routing_key=key)
-            for key in keys
-            for exchange in (CONTROL, UPDATES)
-        ),
+            for key in sorted(routing_keys)
+            for exchange in (UPDATES, CONTROL)
+        )
     )
 
 

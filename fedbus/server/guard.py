@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from fedbus.bus.base import Bus, Delivery
-from fedbus.bus.topology import QUARANTINE, quarantine
+from fedbus.bus.base import Bus, Consumer, Delivery
+from fedbus.bus.topology import QUARANTINE, kept_out, quarantine
 from fedbus.clock import now
 from fedbus.errors import BrokerDenied, PublishUnconfirmed, QueueMismatch, QueueMissing
 from fedbus.observe import events as o
@@ -38,10 +38,13 @@ JOIN: Final = 50
 """It is answered, noted in the ledger, and may be given its task again: 4 in a second at length, 100 at once."""
 REFUSED_UPDATE: Final = 50
 """It goes through the engine and the ledger, and its sender is told why."""
+ORPHAN: Final = 10
+"""A part whose head has not come: the broker keeps the order, but for redeliveries."""
 REJECTED: Final = 20
 """Bytes that are no message of ours, or not the sender's to send."""
 _BYTES_PER_TOKEN: Final = 1 << 14
 
+_DROPS_AT_ONCE: Final = 256
 _TELL_EVERY_S: Final = 1.0
 SHUT_OUT: Final = "its sender is shut out for flooding"
 
@@ -55,6 +58,26 @@ def cost_of_bytes(delivery: Delivery) -> float:
 class _Untold:
     count: int
     reason: str
+
+
+class Drops:
+    """What is not looked at, acknowledged in bulk: one by one a flood would cost its receiver as much as its sender."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+        self._waiting: list[Delivery] = []
+
+    async def add(self, delivery: Delivery) -> None:
+        self._waiting.append(delivery)
+        if len(self._waiting) >= _DROPS_AT_ONCE:
+            await self.settle()
+            await asyncio.sleep(0)  # what has arrived is handed out without a pause: others must have their turn
+
+    async def settle(self) -> None:
+        """Nothing of a flood must be left behind."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            await self._consumer.ack(*waiting)
 
 
 class Guard:
@@ -140,6 +163,7 @@ class Guard:
     async def begin(self) -> None:
         """Let everybody in: a server that died may have left its doors shut."""
         await self._bus.delete_queue(QUARANTINE)
+        await self._bus.declare(quarantine(), remember=False)
 
     async def keep_doors(self) -> None:
         """Shut and open them, for ever."""
@@ -158,9 +182,9 @@ class Guard:
         """A binding is taken away with its queue: the others' are made anew at once."""
         try:
             if not former <= keys:
-                await self._bus.delete_queue(QUARANTINE)
-            if keys:
-                await self._bus.declare(quarantine(keys), remember=False)
+                await self.begin()
+                former = set()
+            await self._bus.declare(kept_out(keys - former), remember=False)
         except (BrokerDenied, QueueMismatch, QueueMissing, PublishUnconfirmed) as exc:
             _LOGGER.warning("the broker does not keep out who floods: %s", exc)
         return keys

@@ -13,7 +13,7 @@ from fedbus.clock import now
 from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
 from fedbus.rounds import events as e
 from fedbus.rounds.engine import Engine
-from fedbus.server.guard import MESSAGE, REFUSED_UPDATE, Guard, cost_of_bytes
+from fedbus.server.guard import MESSAGE, ORPHAN, REFUSED_UPDATE, Drops, Guard, cost_of_bytes
 from fedbus.server.identity import Identity
 from fedbus.server.slots import UploadSlots
 from fedbus.server.staging import (
@@ -123,12 +123,14 @@ class UpdateIntake:
 
     async def receive(self) -> None:
         """Take in what comes, for ever."""
+        dropped = Drops(self._consumer)
         async for delivery in self._consumer:
             self._last_arrival = now()
             self.received_bytes += len(delivery.body)
             if self._guard.is_shut_out(UPDATES, delivery):
-                await self._consumer.ack(delivery)
+                await dropped.add(delivery)
                 continue
+            await dropped.settle()
             try:
                 message = self._decode(delivery)
             except (DecodeError, ConfigError) as exc:
@@ -165,9 +167,12 @@ class UpdateIntake:
         try:
             if isinstance(message, m.Part):
                 token = self._staging.add(message, delivery, arrived_at, user=self._identity.user_of(delivery))
+                if self._staging.head_of(message.transfer) is None and token is None:
+                    self._guard.spend(delivery, ORPHAN)
             else:
                 self._check_head(message)
-                await self._forget(self._staging.of_task(message.task_id), but=message.transfer)
+                if await self._forget(self._staging.of_task(message.task_id), but=message.transfer):
+                    self._guard.spend(delivery, REFUSED_UPDATE)
                 token = self._staging.begin(message, delivery, arrived_at)
         except UpdateRefused as exc:
             self._guard.spend(delivery, REFUSED_UPDATE)
@@ -213,11 +218,12 @@ class UpdateIntake:
         )
         self.slots.release(update.task_id)
 
-    async def _forget(self, transfers: list[str], *, but: str = "") -> None:
-        """Give up transfers that will never be whole: their sender died, or has begun anew."""
-        for transfer in transfers:
-            if transfer != but:
-                await self._consumer.ack(*self._staging.abort(transfer))
+    async def _forget(self, transfers: list[str], *, but: str = "") -> bool:
+        """Give up transfers that will never be whole: their sender died, or has begun anew. False if there are none."""
+        given_up = [transfer for transfer in transfers if transfer != but]
+        for transfer in given_up:
+            await self._consumer.ack(*self._staging.abort(transfer))
+        return bool(given_up)
 
     def give_up_client(self, client_id: str, reason: str) -> None:
         """Refuse what this client has under way."""

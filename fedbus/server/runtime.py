@@ -63,7 +63,7 @@ from fedbus.rounds.engine import Engine, Fate
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.server.bases import Bases
 from fedbus.server.checkpoint import RunFolder
-from fedbus.server.guard import JOIN, MESSAGE, Guard
+from fedbus.server.guard import JOIN, MESSAGE, Drops, Guard
 from fedbus.server.history import Evaluation, FoldedUpdate, History, RoundRecord, record_from_json
 from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
@@ -85,7 +85,6 @@ from fedbus.wire.codec import MAX_CONTROL_BYTES, decode, encode
 _LOGGER = logging.getLogger("fedbus.server")
 
 _CONTROL_PREFETCH = 256
-_DROPS_AT_ONCE = 64
 _SENDS_AT_ONCE = 64
 _MOST_REPLIES = 4096
 _MOST_MENTIONS = 100
@@ -564,14 +563,12 @@ class Server:
     # ---- in: control messages ------------------------------------------------------------------------------------
 
     async def _receive_control(self, consumer: Consumer) -> None:
-        dropped: list[Delivery] = []
+        dropped = Drops(consumer)
         async for delivery in consumer:
             if self._guard.is_shut_out(CONTROL, delivery):
-                dropped.append(delivery)
-                if len(dropped) >= _DROPS_AT_ONCE:
-                    await consumer.ack(*dropped)
-                    dropped.clear()
+                await dropped.add(delivery)
                 continue
+            await dropped.settle()
             try:
                 message = decode(delivery.body, most_bytes=MAX_CONTROL_BYTES)
                 self._check_sender(delivery, message)
@@ -585,8 +582,7 @@ class Server:
             if event is not None:
                 await self._events.put_from_outside(event)
             # Signs of life and small results are told again or time out: nothing depends on this one copy.
-            await consumer.ack(*dropped, delivery)
-            dropped.clear()
+            await consumer.ack(delivery)
 
     def _cost_of(self, message: m.Message) -> int:
         """What a control message costs its sender."""

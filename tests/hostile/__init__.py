@@ -1,0 +1,1 @@
+"""Clients with valid credentials that mean ill, and what stops each of them."""
