@@ -74,6 +74,12 @@ class Metrics:
             ("queue", "user"),
             registry=registry,
         )
+        self._shut_out = Counter(
+            "fedbus_users_shut_out",
+            "How often a user was shut out for a while because it sent too much.",
+            ("user",),
+            registry=registry,
+        )
         self._depth = Gauge(
             "fedbus_queue_messages",
             "Messages that wait in a queue; of a stream roughly what it keeps.",
@@ -117,7 +123,9 @@ class Metrics:
                 self._unblock()
             case o.MessageRejected():
                 queue = "fedbus.inbox" if event.queue.startswith("fedbus.inbox.") else event.queue
-                self._rejected.labels(queue, self._bounded(event.user)).inc()
+                self._rejected.labels(queue, self._bounded(event.user)).inc(event.count)
+            case o.UserShutOut():
+                self._shut_out.labels(self._bounded(event.user)).inc()
             case _:
                 pass
 

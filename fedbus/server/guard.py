@@ -40,7 +40,7 @@ REFUSED_UPDATE: Final = 50
 """It goes through the engine and the ledger, and its sender is told why."""
 ORPHAN: Final = 10
 """A part whose head has not come: the broker keeps the order, but for redeliveries."""
-REJECTED: Final = 20
+REJECTED: Final = 50
 """Bytes that are no message of ours, or not the sender's to send."""
 _BYTES_PER_TOKEN: Final = 1 << 14
 

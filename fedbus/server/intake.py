@@ -13,7 +13,7 @@ from fedbus.clock import now
 from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
 from fedbus.rounds import events as e
 from fedbus.rounds.engine import Engine
-from fedbus.server.guard import MESSAGE, ORPHAN, REFUSED_UPDATE, Drops, Guard, cost_of_bytes
+from fedbus.server.guard import CLIENT, MESSAGE, ORPHAN, REFUSED_UPDATE, Drops, Guard
 from fedbus.server.identity import Identity
 from fedbus.server.slots import UploadSlots
 from fedbus.server.staging import (
@@ -29,6 +29,8 @@ from fedbus.types import Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode
 
+_LARGE_BYTES = 64 << 20
+"""Updates up to here may come more often for nothing."""
 _LOSSES = ("loss_rms", "loss")
 """The metrics that tell how much a client had to learn."""
 
@@ -137,14 +139,20 @@ class UpdateIntake:
                 await self._reject(delivery, exc)
                 continue
             if isinstance(message, m.Part) and self._staging.is_aborted(message.transfer):
-                self._guard.spend(delivery, _cost_of_copy(delivery))
+                self._guard.spend(delivery, self._cost_of_copy(delivery))
                 await self._consumer.ack(delivery)
                 continue
             if not self._staging.refresh(message, delivery):
                 await self._stage(message, delivery)
             if copies := self._staging.take_copies():
-                self._guard.spend(delivery, _cost_of_copy(delivery))
+                self._guard.spend(delivery, self._cost_of_copy(delivery))
                 await self._consumer.ack(*copies)
+
+    def _cost_of_copy(self, delivery: Delivery) -> float:
+        """Of a part that changes nothing. An honest client sends a whole update twice when it is asked again, and goes
+        on for a while with one that is refused: so much may come of each."""
+        update_bytes = 0 if self._check is None else self._check.nbytes
+        return MESSAGE / 2 + CLIENT.burst * len(delivery.body) / (4 * max(update_bytes, _LARGE_BYTES))
 
     def _decode(self, delivery: Delivery) -> m.Update | m.Part:
         """What came, with a name of its transfer that no other user can make up.
@@ -251,11 +259,6 @@ class UpdateIntake:
 
     def _may_go_on(self, head: m.Update) -> bool:
         return self._engine.is_member(head.client_id) and self._engine.awaits(head.task_id, head.client_id)
-
-
-def _cost_of_copy(delivery: Delivery) -> float:
-    """Of a part that changes nothing: an honest client sends a whole update twice when it is asked again."""
-    return MESSAGE + cost_of_bytes(delivery) / 16
 
 
 def _utility(update: StagedUpdate) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import uuid
@@ -86,28 +87,45 @@ class Field:
         body = message if isinstance(message, bytes) else encode(message)
         self.connection.publish(exchange, self.who, body, **{"user_id": self.user, **properties})
 
-    def flood(self, exchange: str, messages: Sequence[m.Message | bytes]) -> str:
-        """Publish these again and again, over several connections, until the server has shut the attacker out."""
+    def flood(self, exchange: str, messages: Sequence[m.Message | bytes], most: int = 1000) -> str:
+        """Publish these again and again, until the server has shut the attacker out, and the broker takes no more.
+
+        For as many seconds as are asked for, over several connections; else `most` messages, more than what is borne.
+        """
         bodies = [each if isinstance(each, bytes) else encode(each) for each in messages]
         stop = threading.Event()
 
         def run() -> None:
             with suppress(OSError, Refused):
-                flood(self.url, exchange, bodies, stop=stop)
+                flood(self.url, exchange, bodies, stop=stop, most=sys.maxsize if self.seconds else most)
 
-        threads = [threading.Thread(target=run, daemon=True) for _ in range(_CONNECTIONS)]
+        connections = _CONNECTIONS if self.seconds else 1
+        threads = [threading.Thread(target=run, daemon=True) for _ in range(connections)]
         over_at = time.monotonic() + self.seconds
         for thread in threads:
             thread.start()
         try:
-            shut_out = self.ground.until("user_shut_out", user=self.user)
+            shut_out = self.ground.until("user_shut_out", user=self.user, timeout_s=30)
             while time.monotonic() < over_at:
                 time.sleep(0.05)
         finally:
             stop.set()
             for thread in threads:
                 thread.join(10)
+        self._until_refused(exchange, bodies[0])
         return str(shut_out["message"])
+
+    def _until_refused(self, exchange: str, body: bytes) -> None:
+        """The broker's door closes a moment after the server's word."""
+        connection = self.connect()
+        connection.send(commands.Confirm.Select())
+        connection.expect(commands.Confirm.SelectOk)
+        for _ in range(100):
+            connection.publish(exchange, self.who, body, user_id=self.user)
+            if isinstance(connection.expect(commands.Basic.Ack | commands.Basic.Nack), commands.Basic.Nack):
+                return
+            time.sleep(0.02)
+        raise AssertionError("the broker goes on taking what it sends")
 
     # ---- what the operator sees ------------------------------------------------------------------------------------
 
@@ -121,8 +139,13 @@ class Field:
         told = self.ground.until("update_refused", self.since, client_id=self.who, reason=reason)
         return str(told["message"])
 
-    def in_broker_log(self, words: str) -> bool:
-        return words in self.ground.broker_log()
+    def in_broker_log(self, words: str) -> None:
+        """Wait until the broker has written this down."""
+        for _ in range(500):
+            if words in self.ground.broker_log():
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"the broker's log does not say {words!r}")
 
     def member(self) -> Member:
         """Join, as an honest client does."""

@@ -78,8 +78,8 @@ class RawConnection:
                 raise ConnectionError("the broker hung up")
             self._buffer += more
 
-    def expect(self, kind: type[Any]) -> Any:
-        """The next frame of this kind; what the broker closes with instead is raised as `Refused`."""
+    def expect(self, kind: Any) -> Any:
+        """The next frame of this kind, or of one of several; what the broker closes with instead is raised as `Refused`."""
         while True:
             found = self.receive()
             if isinstance(found, kind):
@@ -157,7 +157,8 @@ def _blocks(exchange: str, key: str, bodies: Sequence[bytes], user: str) -> list
     """The messages, put together so that one call of the kernel takes many small ones."""
     blocks: list[tuple[bytes, int]] = []
     pieces: list[bytes] = []
-    for body in itertools.chain(*itertools.repeat(bodies, max(1, 256 // len(bodies)))):
+    times = max(1, min(256, _BLOCK_BYTES // sum(len(body) + 100 for body in bodies)))
+    for body in itertools.chain(*itertools.repeat(bodies, times)):
         pieces.append(message(exchange, key, body, user_id=user))
         if sum(map(len, pieces)) >= _BLOCK_BYTES or len(pieces) >= 256:
             blocks.append((b"".join(pieces), len(pieces)))

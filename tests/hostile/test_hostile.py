@@ -36,9 +36,12 @@ def _played(ground: Ground, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(ground: Ground) -> dict[str, Future[str]]:
-    """All attacks at once: each by a user of its own."""
+    """Those that are no floods at once, each by a user of its own; then one flood after the other."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return {name: pool.submit(_played, ground, name) for name in ATTACKS}
+        quiet = {name: pool.submit(_played, ground, name) for name, attack in ATTACKS.items() if not attack.is_flood}
+    with ThreadPoolExecutor(1) as pool:
+        floods = {name: pool.submit(_played, ground, name) for name, attack in ATTACKS.items() if attack.is_flood}
+    return quiet | floods
 
 
 @pytest.mark.broker
