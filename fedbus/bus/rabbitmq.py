@@ -88,6 +88,11 @@ def _mapped(doing: str) -> Iterator[None]:
             raise
         # aiormq cancels its own futures when heartbeats stay out: nobody asked us to stop.
         raise BrokerClosed(f"{doing}: the connection to the broker ended") from exc
+    except Exception as exc:
+        if type(exc) is not Exception:
+            raise
+        # What aiormq gives to those who wait when a connection is reset and it has no better reason at hand.
+        raise BrokerClosed(f"{doing}: the connection to the broker ended") from exc
 
 
 def _reason(exc: BaseException) -> str:

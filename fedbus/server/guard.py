@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -43,6 +44,7 @@ ORPHAN: Final = 10
 REJECTED: Final = 50
 """Bytes that are no message of ours, or not the sender's to send."""
 _BYTES_PER_TOKEN: Final = 1 << 14
+_TOKENS_PER_CPU_S: Final = 10_000
 
 _DROPS_AT_ONCE: Final = 256
 _TELL_EVERY_S: Final = 1.0
@@ -98,6 +100,7 @@ class Guard:
         self._told_at: dict[tuple[str, str | None], float] = {}
         self._kept_out: dict[str, float] = {}  # routing key -> until when
         self._changed = asyncio.Event()
+        self._watched_from_s = time.thread_time()
 
     def is_shut_out(self, queue: str, delivery: Delivery) -> bool:
         """Whether the message is to be dropped unread; then it has been noted."""
@@ -106,6 +109,15 @@ class Guard:
             return False
         self._note(queue, user, SHUT_OUT)
         return True
+
+    def watch(self) -> None:
+        """A message is being looked at from now on: what that takes of the processor is put down to its sender, if it
+        was for nothing."""
+        self._watched_from_s = time.thread_time()
+
+    def wasted(self, delivery: Delivery, cost: float) -> None:
+        """As `spend`, and what was spent on it since `watch`: a message that is small may be laborious."""
+        self.spend(delivery, cost + _TOKENS_PER_CPU_S * (time.thread_time() - self._watched_from_s))
 
     def spend(self, delivery: Delivery, cost: float) -> None:
         """Put the cost of a message down to its sender."""
@@ -119,7 +131,7 @@ class Guard:
     def rejected(self, queue: str, delivery: Delivery, reason: str) -> None:
         """Tell of a message that was none, and put it down to its sender."""
         self._note(queue, self._identity.user_of(delivery), reason)
-        self.spend(delivery, REJECTED + cost_of_bytes(delivery))
+        self.wasted(delivery, REJECTED + cost_of_bytes(delivery))
 
     # ---- words -----------------------------------------------------------------------------------------------------
 

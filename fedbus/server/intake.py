@@ -133,6 +133,7 @@ class UpdateIntake:
                 await dropped.add(delivery)
                 continue
             await dropped.settle()
+            self._guard.watch()
             try:
                 message = self._decode(delivery)
             except (DecodeError, ConfigError) as exc:
@@ -183,7 +184,7 @@ class UpdateIntake:
                     self._guard.spend(delivery, REFUSED_UPDATE)
                 token = self._staging.begin(message, delivery, arrived_at)
         except UpdateRefused as exc:
-            self._guard.spend(delivery, REFUSED_UPDATE)
+            self._guard.wasted(delivery, REFUSED_UPDATE)
             self._report_invalid(self._staging.refuse(message, delivery), str(exc))
         except DecodeError as exc:
             await self._reject(delivery, exc)

@@ -569,6 +569,7 @@ class Server:
                 await dropped.add(delivery)
                 continue
             await dropped.settle()
+            self._guard.watch()
             try:
                 message = decode(delivery.body, most_bytes=MAX_CONTROL_BYTES)
                 self._check_sender(delivery, message)

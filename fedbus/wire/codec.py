@@ -6,9 +6,11 @@ payload is a bin that is handed on as a view. Whatever the bytes, `decode` retur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
@@ -25,6 +27,7 @@ MAX_CONTROL_BYTES: Final = 1 << 17
 MAX_PART_BYTES: Final = 8 << 20
 """With its head a part stays under 16 MiB, the largest message that RabbitMQ 4 takes by default."""
 
+_LARGE_HEAD_BYTES: Final = 1 << 16
 _FRAME_BYTES: Final = 12
 """What `encode` puts around head and payload."""
 
@@ -156,7 +159,25 @@ def _bin(view: memoryview, start: int, limit: int) -> tuple[memoryview, int]:
     return view[begin : begin + size], begin + size
 
 
+@contextlib.contextmanager
+def _without_collector(size: int) -> Iterator[None]:
+    """A megabyte of empty lists is unpacked five times as fast where nobody looks for cycles all the while."""
+    if size < _LARGE_HEAD_BYTES or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _parse_head(head: memoryview) -> Any:
+    with _without_collector(len(head)):
+        return _unpacked(head)
+
+
+def _unpacked(head: memoryview) -> Any:
     try:
         return msgpack.unpackb(
             head,

@@ -178,7 +178,7 @@ class Member:
                 return
         raise AssertionError("the server makes no inbox")
 
-    def _until(self, kind: type[Any], fits: Callable[[Any], bool] = lambda _: True) -> Any:
+    def _until(self, kind: Any, fits: Callable[[Any], bool] = lambda _: True) -> Any:
         while True:
             message = decode(self._reads.body())
             self.run_id = getattr(message, "run_id", self.run_id)
@@ -191,12 +191,18 @@ class Member:
         return task
 
     def evaluate_task(self) -> m.EvaluateTask:
-        task: m.EvaluateTask = self._until(m.EvaluateTask)
-        return task
+        """The next one; it fails to fit until then, for whoever trains is not asked to evaluate."""
+        while True:
+            task = self._until((m.FitTask, m.EvaluateTask))
+            if isinstance(task, m.EvaluateTask):
+                return task
+            self.field.say(
+                m.TaskFailed(client_id=self.field.who, task_id=task.task_id, run_id=self.run_id, reason="no")
+            )
 
     def verdict(self, task_id: str) -> m.Receipt | m.Refusal:
         """What became of an update."""
-        verdict: m.Receipt | m.Refusal = self._until(m.Receipt | m.Refusal, lambda said: said.task_id == task_id)  # type: ignore[arg-type]
+        verdict: m.Receipt | m.Refusal = self._until(m.Receipt | m.Refusal, lambda said: said.task_id == task_id)
         return verdict
 
     def update(self, task_id: str, tensors: Tensors | None = None, **fields: Any) -> list[m.Update | m.Part]:

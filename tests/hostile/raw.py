@@ -79,7 +79,7 @@ class RawConnection:
             self._buffer += more
 
     def expect(self, kind: Any) -> Any:
-        """The next frame of this kind, or of one of several; what the broker closes with instead is raised as `Refused`."""
+        """The next frame of this kind, or of several; what the broker closes with instead is raised as `Refused`."""
         while True:
             found = self.receive()
             if isinstance(found, kind):

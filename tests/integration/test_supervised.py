@@ -45,6 +45,13 @@ def states() -> list[LinkState]:
     return []
 
 
+def test_what_aiormq_gives_without_a_reason_is_the_end_of_the_connection() -> None:
+    with pytest.raises(BrokerClosed, match="waiting"), _mapped("waiting"):
+        raise Exception  # noqa: TRY002  # as aiormq does
+    with pytest.raises(KeyError), _mapped("waiting"):
+        raise KeyError  # a mistake of our own stays one
+
+
 @asynccontextmanager
 async def supervised(url: str, states: list[LinkState] | None = None) -> AsyncIterator[SupervisedBus]:
     async with await connect_supervised(url, on_state=no_observer if states is None else states.append) as bus:
