@@ -32,7 +32,8 @@ _FEDERATION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _VIRTUAL: Final = "virtual-"  # what workers may publish as
 _USER: Final = re.compile(r"(?P<federation>[^.]+)\.(?P<who>[^~]+)(?:~(?P<generation>\d+))?")
 _INGRESS: Final = (topology.CONTROL, topology.UPDATES)
-_NOTHING: Final = "^$"
+_END: Final = r"$(?!\n)"  # to RabbitMQ's regular expressions "$" is before a last line feed, too
+_NOTHING: Final = f"^{_END}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +138,20 @@ def permissions_of(who: str) -> Permissions:
     role = role_of(who)
     if role == "server":
         return Permissions(configure=r"^fedbus\..*", write=r"^fedbus\..*", read=r"^fedbus\..*")
-    ingress = r"^fedbus\.(control|updates)$"
+    ingress = rf"^fedbus\.(control|updates){_END}"
     if role == "worker":
         return Permissions(
-            configure=_NOTHING, write=ingress, read=r"^fedbus\.(model|work)$", routing_key=r"^virtual-.*$"
+            configure=_NOTHING,
+            write=ingress,
+            read=rf"^fedbus\.(model|work){_END}",
+            routing_key=rf"^virtual-.*{_END}",
         )
     client = _escaped(who)
     return Permissions(
-        configure=_NOTHING, write=ingress, read=rf"^fedbus\.(model|inbox\.{client})$", routing_key=f"^{client}$"
+        configure=_NOTHING,
+        write=ingress,
+        read=rf"^fedbus\.(model|inbox\.{client}){_END}",
+        routing_key=f"^{client}{_END}",
     )
 
 

@@ -260,6 +260,7 @@ def what_no_client_may() -> dict[str, Attempt]:
         "speak as a peer": publish(CONTROL, "b"),
         "send updates as a peer": publish(UPDATES, "b"),
         "speak with a key like its own": publish(CONTROL, "a.b"),
+        "speak with a key that a line feed ends": publish(CONTROL, "a\n"),
         "speak as a user that it is not": publish(CONTROL, "a", user_id="hospitals.b"),
         "speak as the server": publish(CONTROL, "a", user_id="hospitals.server"),
     }
@@ -287,7 +288,12 @@ async def test_nobody_keeps_the_others_from_the_model(hospitals: dict[str, Bundl
 
 async def test_a_worker_speaks_for_virtual_clients_alone(hospitals: dict[str, Bundle]) -> None:
     async with link(hospitals["worker"].access) as connection:
-        for key, is_allowed in (("virtual-00001-of-00100", True), ("a", False), ("server", False)):
+        for key, is_allowed in (
+            ("virtual-00001-of-00100", True),
+            ("virtual-00001-of-00100\n", False),
+            ("a", False),
+            ("server", False),
+        ):
             assert (await refusal(connection, publish(CONTROL, key)) == "") is is_allowed
         for attempt in (consume(inbox("a")), consume(UPDATES), publish(TASKS, "a"), publish(BROADCAST, "")):
             assert "ACCESS_REFUSED" in await refusal(connection, attempt)

@@ -52,7 +52,7 @@ def test_a_client_writes_to_the_ingress_and_reads_the_model_and_its_own_inbox() 
     assert matching(rights.read) == {topology.MODEL, topology.inbox("a.b")}
     assert rights.routing_key is not None
     assert re.search(rights.routing_key, "a.b")
-    assert not any(re.search(rights.routing_key, key) for key in ("axb", "a.bc", "xa.b", "", "#", "a.*"))
+    assert not any(re.search(rights.routing_key, key) for key in ("axb", "a.bc", "xa.b", "", "#", "a.*", "a.b\n"))
 
 
 def test_a_worker_reads_the_shared_queue_and_speaks_for_virtual_clients_alone() -> None:
@@ -61,7 +61,14 @@ def test_a_worker_reads_the_shared_queue_and_speaks_for_virtual_clients_alone() 
     assert matching(rights.read) == {topology.MODEL, "fedbus.work"}
     assert rights.routing_key is not None
     assert re.search(rights.routing_key, "virtual-00007-of-01000")
-    assert not re.search(rights.routing_key, "hospital-a")
+    assert not any(re.search(rights.routing_key, key) for key in ("hospital-a", "virtual-00007-of-01000\n"))
+
+
+@pytest.mark.parametrize("who", ["a.b", "worker"])
+def test_no_name_is_let_through_that_a_line_feed_ends(who: str) -> None:
+    rights = permissions_of(who)
+    for pattern in (rights.configure, rights.write, rights.read):
+        assert [name for name in NAMES if re.search(pattern, f"{name}\n")] == []
 
 
 def test_a_server_does_what_it_likes_with_what_is_the_federations() -> None:
@@ -76,8 +83,8 @@ def test_the_definitions_of_a_client_name_its_user_in_its_vhost() -> None:
     assert [entry["user"] for entry in made["permissions"] + made["topic_permissions"]] == ["f.a~2"] * 3
     assert {entry["vhost"] for entry in made["permissions"] + made["topic_permissions"]} == {"f"}
     assert {(entry["exchange"], entry["write"]) for entry in made["topic_permissions"]} == {
-        (topology.CONTROL, "^a$"),
-        (topology.UPDATES, "^a$"),
+        (topology.CONTROL, r"^a$(?!\n)"),
+        (topology.UPDATES, r"^a$(?!\n)"),
     }
 
 
