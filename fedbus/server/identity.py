@@ -51,8 +51,8 @@ class Identity:
         check_client_id(client_id)  # it is about to be a routing key, and on a screen
         user = _without_generation(delivery.user_id or "")
         is_virtual = client_id in self._virtual_clients
-        its_users = {self._worker} if is_virtual else {client_id, f"{self._prefix}{client_id}"}
-        if delivery.user_id != self._own_user and user not in its_users:
+        its_user = self._worker if is_virtual else f"{self._prefix}{client_id}"
+        if delivery.user_id != self._own_user and user != its_user:
             raise DecodeError(
                 f"{_shown(delivery.user_id)} is not the user of {client_id}: each client logs in as itself"
             )

@@ -30,7 +30,7 @@ def delivery(user: str | None, *, is_copied: bool = False) -> Delivery:
     [
         ("server", "c1", "c1"),
         ("fed.server", "fed.c1", "c1"),
-        ("fed.server", "c1", "c1"),
+        ("fed.server", "fed.fed.c1", "fed.c1"),
         ("guest", "c1", "c1"),
         ("fed.server~2", "fed.c1~3", "c1"),
         ("guest", "guest", "c1"),  # one user for all: nothing can be told apart
@@ -51,6 +51,8 @@ def test_a_client_speaks_as_itself(own: str, user: str, client: str) -> None:
         ("server", "", "c1"),
         ("fed.server", "fed.c2", "c1"),
         ("fed.server", "other.c1", "c1"),
+        ("fed.server", "c1", "c1"),
+        ("fed.server", "fed.c1", "fed.c1"),  # that is c1
         ("fed.server", "fed.", "c1"),
         ("fed.server~2", "fed.server", "c1"),  # that server's secret was replaced
         ("fed.server", "fed.worker", "c1"),
