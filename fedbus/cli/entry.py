@@ -28,7 +28,7 @@ def _hide_password() -> None:
 
 
 def without_password(command: list[str]) -> tuple[list[str], str | None]:
-    """`command` without a broker's URL that holds a password, and that URL."""
+    """`command` without a broker's URL (or several) that holds a password, and that URL."""
     for index, word in enumerate(command):
         option, equals, url = word.partition("=")
         if option != _BROKER:
@@ -36,8 +36,8 @@ def without_password(command: list[str]) -> tuple[list[str], str | None]:
         after = index + 1
         if not equals:
             url, after = (command[after] if after < len(command) else ""), after + 1
-        login = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
-        if ":" in login:
+        logins = (each.partition("/")[0].rpartition("@")[0] for each in url.split("://")[1:])
+        if any(":" in login for login in logins):
             return [*command[:index], *command[after:]], url
     return command, None
 

@@ -172,7 +172,12 @@ def test_a_password_leaves_the_command_line(broker: list[str]) -> None:
     assert (command, url) == (["python", "fedbus", "server", "app.py", "--json"], "amqp://u:p@h/v")
 
 
-@pytest.mark.parametrize("rest", [["--broker", "amqp://u@h:1/v"], ["--broker"], ["amqp://u:p@h/v"], []])
+def test_the_password_of_any_of_several_urls_leaves_the_command_line() -> None:
+    urls = "amqp://h:1/v,amqps://u:p@i:2/v"
+    assert without_password(["python", "fedbus", "client", "--broker", urls]) == (["python", "fedbus", "client"], urls)
+
+
+@pytest.mark.parametrize("rest", [["--broker", "amqp://u@h:1/v,amqp://u@i:1/v"], ["--broker"], ["amqp://u:p@h/v"], []])
 def test_a_command_line_without_one_stays_as_it_is(rest: list[str]) -> None:
     command = ["python", "fedbus", "server", *rest]
     assert without_password(command) == (command, None)
