@@ -38,16 +38,18 @@ import numpy as np
 
 from fedbus.app import App
 from fedbus.bus.base import Bus, Consumer, Delivery, hold_patiently
-from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, client_inbox, ingress
+from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, client_inbox, inbox, ingress
 from fedbus.clock import now
 from fedbus.errors import (
     BrokerDenied,
+    BrokerUnreachable,
     ClientCodeError,
     ConfigError,
     DecodeError,
     PublishUnconfirmed,
     QueueBusy,
     QueueMismatch,
+    QueueMissing,
     RunFailed,
     Unroutable,
     UpdateRefused,
@@ -995,9 +997,19 @@ class Server:
         except Unroutable:
             self._with_inbox.discard(client_id)
             if isinstance(message, m.ParametersTask | m.FitTask | m.EvaluateTask):
-                self._inbox_gone(client_id)
+                await self._look_for_inbox(client_id)
         finally:
             self._outbound.task_done()
+
+    async def _look_for_inbox(self, client_id: str) -> None:
+        """Nothing leads to it: it is gone, or on a node of the broker that is away. Then nobody was turned out."""
+        with contextlib.suppress(BrokerUnreachable):
+            try:
+                await self._bus.queue_state(inbox(client_id))
+            except QueueMissing:
+                self._inbox_gone(client_id)
+                return
+        self._events.put(e.ClientLost(client_id=client_id, reason="its inbox is out of reach"))
 
     async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call into the strategy, in a thread where it may take long: a thread costs more than a small model's sums."""

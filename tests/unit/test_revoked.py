@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedbus.bus.base import Bus
+from fedbus.bus.base import Body, Bus, QueueState
+from fedbus.bus.memory import MemoryBus
 from fedbus.bus.supervised import LinkState, no_observer
-from fedbus.bus.topology import CONTROL, UPDATES, inbox
+from fedbus.bus.topology import CONTROL, TASKS, UPDATES, inbox
+from fedbus.errors import BrokerUnreachable, Unroutable
 from fedbus.observe import events as o
 from fedbus.wire import messages as m
 from fedbus.wire.codec import encode
@@ -122,6 +124,32 @@ async def test_a_whole_update_of_a_revoked_client_that_comes_behind_the_news_is_
         assert (await story.until(o.UpdateRefused)).reason == REVOKED
         gate.open()
         assert (await serving).rounds[0].clients == {"c1"}
+
+
+class NodeAway(MemoryBus):
+    """The bus to a cluster one of whose nodes is away, with the classic queues that were on it."""
+
+    async def publish(self, exchange: str, routing_key: str, body: Body, **options: Any) -> None:
+        if (exchange, routing_key) == (TASKS, "c9"):
+            raise Unroutable("no queue takes it")
+        await super().publish(exchange, routing_key, body, **options)
+
+    async def queue_state(self, queue: str) -> QueueState:
+        if queue == inbox("c9"):
+            raise BrokerUnreachable("its node is down")
+        return await super().queue_state(queue)
+
+
+async def test_nobody_is_turned_out_because_a_node_of_the_broker_is_away() -> None:
+    async with provisioned(rounds={"num_rounds": 1, "min_fit_clients": 1, "lease_s": 600.0}) as story:
+        story.wrap = lambda user, bus: NodeAway(story.broker, "fed.server") if user == "server" else bus
+        serving = story.start_server()
+        await story.until(o.RunStarted)
+        await story.join_by_hand("c9")
+        assert (await story.until(o.MemberLost)).reason == "its inbox is out of reach"
+        story.start_client("c1")
+        (record,) = (await serving).rounds
+        assert REVOKED not in record.failed.values()
 
 
 async def test_a_client_that_was_revoked_while_it_was_idle_is_turned_out_when_it_is_asked() -> None:
