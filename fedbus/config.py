@@ -12,6 +12,8 @@ from typing import Any, Final, TypeAlias
 from fedbus.errors import ConfigError
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+VIRTUAL_PREFIX: Final = "virtual-"
+"""Every id that begins so is kept for virtual clients."""
 _VIRTUAL_ID = re.compile(r"virtual-([0-9]{5,12})-of-([0-9]{5,12})")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from fedbus.errors import ConfigError
@@ -177,18 +177,26 @@ def _trusting(ca: str | None, options: Mapping[str, str]) -> ssl.SSLContext:
 
 
 def _load_own(context: ssl.SSLContext, certificate: str, key: str) -> None:
-    """OpenSSL reads them from a file only: one that nobody else may read, and that is gone at once."""
-    descriptor, name = tempfile.mkstemp(prefix="fedbus-")  # 0600
-    try:
-        with os.fdopen(descriptor, "w") as file:
+    """OpenSSL reads them from a file only: one in memory, or one that nobody else may read and that is gone at once."""
+    with _short_lived_file() as file:
+        try:
             file.write(f"{certificate.rstrip()}\n{key.rstrip()}\n")
-        context.load_cert_chain(name)
-    except (OSError, ValueError) as exc:
-        raise ConfigError(
-            f"our own certificate and key cannot be used: do they belong together? ({_why(exc)})"
-        ) from exc
-    finally:
-        os.unlink(name)
+            file.flush()
+            context.load_cert_chain(_path_of(file))
+        except (OSError, ValueError) as exc:
+            raise ConfigError(
+                f"our own certificate and key cannot be used: do they belong together? ({_why(exc)})"
+            ) from exc
+
+
+def _short_lived_file() -> IO[str]:
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("fedbus"), "w")
+    return tempfile.NamedTemporaryFile("w", prefix="fedbus-")  # 0600
+
+
+def _path_of(file: IO[str]) -> str:
+    return f"/proc/self/fd/{file.fileno()}" if hasattr(os, "memfd_create") else file.name
 
 
 def _read_pem(path: str) -> str:

@@ -128,11 +128,12 @@ async def connect_supervised(
     access = access_to(broker)
 
     async def reconnect() -> Bus:
+        urls = random.sample(access.each_url, len(access.each_url))  # not all clients to the same node
+        bus = await _connect_to_any(access, urls, name)
         # What aiormq leaves of a lost connection is a knot of cycles around a megabyte of buffers, and a client makes
         # so little garbage otherwise that the collector would not come by for long.
         gc.collect()
-        urls = random.sample(access.each_url, len(access.each_url))  # not all clients to the same node
-        return await _connect_to_any(access, urls, name)
+        return bus
 
     return SupervisedBus(await _connect_to_any(access, access.each_url, name), reconnect, on_state=on_state)
 

@@ -183,7 +183,7 @@ class SupervisedBus(Bus):
     # ---- operations ----------------------------------------------------------------------------------------------
 
     async def declare(self, topology: Topology, *, remember: bool = True) -> None:
-        await self._carry_out(lambda bus: bus.declare(topology))
+        await self._carry_out(lambda bus: bus.declare(topology, remember=remember))
         if remember:
             self._known.add(topology)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedbus.bus.node import NodeState, detached_folder, detached_state, start_detached, stop_detached
+from fedbus.cli.options import set_json
 from fedbus.cli.provision import (
     Ca,
     CaKey,
@@ -30,7 +31,7 @@ broker_app = typer.Typer(
 )
 
 _Name = Annotated[str, typer.Option("--name", help="Which node, where there are several.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (the URL holds the password).")]
+_Json = Annotated[bool, typer.Option("--json", callback=set_json, help="Print one JSON object, password included.")]
 _ShowUrl = Annotated[bool, typer.Option("--show-url", help="Print the URL, password included.")]
 _Port = Annotated[int | None, typer.Option("--port", help="AMQP port on 127.0.0.1; default: a free one.")]
 _ManagementPort = Annotated[

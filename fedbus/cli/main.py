@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from importlib.metadata import version as installed_version
@@ -247,6 +248,7 @@ def worker(
 def main() -> NoReturn:
     """What the console script runs. Exit codes: 0 done, 1 failed, 2 wrong usage."""
     interrupt_as_error()
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # what it complains of reaches the user as ours
     try:
         app()
     except FedbusError as exc:

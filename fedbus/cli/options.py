@@ -40,7 +40,7 @@ def _set_debug(value: bool) -> bool:
     return value
 
 
-def _set_json(value: bool) -> bool:
+def set_json(value: bool) -> bool:
     _Settings.json = _Settings.json or value
     return value
 
@@ -50,7 +50,7 @@ Broker = Annotated[
     str | None,
     typer.Option("--broker", envvar="FEDBUS_BROKER", metavar="URL", help="amqp://USER:PASSWORD@HOST/VHOST"),
 ]
-Json = Annotated[bool, typer.Option("--json", callback=_set_json, help="Print one JSON object as the last line.")]
+Json = Annotated[bool, typer.Option("--json", callback=set_json, help="Print one JSON object as the last line.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Write the log as JSON, one event per line, to stderr.")]
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_set_debug, help="Show details, and the traceback of an error.")

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import typer
 
 from fedbus.bus.node import NodeState, TlsListener, detached_folder, detached_state
+from fedbus.cli.options import set_json
 from fedbus.errors import BrokerUnreachable, ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ _Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Folder for the bundles; default: FED-bundles.")
 ]
 _Days = Annotated[int, typer.Option("--days", min=1, help="Until new certificates expire.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Json = Annotated[bool, typer.Option("--json", callback=set_json, help="Print one JSON object.")]
 Ca = Annotated[Path | None, typer.Option("--ca", metavar="FILE", help="CA that members know the broker by (PEM).")]
 CaKey = Annotated[Path | None, typer.Option("--ca-key", metavar="FILE", help="Key of that CA, to sign with.")]
 
@@ -128,7 +130,9 @@ def add_provisioning(app: typer.Typer) -> None:
 
 def provision(
     federation: _Federation,
-    clients: Annotated[str, typer.Option("--clients", metavar="A,B,C", help="Ids of clients; commas between.")] = "",
+    clients: Annotated[
+        str | None, typer.Option("--clients", metavar="A,B,C", help="Ids of clients; commas between.")
+    ] = None,
     workers: Annotated[bool, typer.Option("--workers", help="A user for worker processes, too.")] = False,
     hosts: Annotated[
         list[str] | None,
@@ -145,6 +149,7 @@ def provision(
         int | None,
         typer.Option("--max-updates-bytes", min=1 << 20, help="What the queue of updates may hold; default: 4 GiB."),
     ] = None,
+    readmit: Annotated[bool, typer.Option("--readmit", help="Let those in again who were revoked.")] = False,
     ca: Ca = None,
     ca_key: CaKey = None,
     name: _Name = "default",
@@ -166,16 +171,17 @@ def provision(
     issue = work.provision(
         desk,
         federation,
-        [client.strip() for client in clients.split(",") if client.strip()],
+        _client_ids(clients),
         workers=workers,
         hosts=hosts or _own_hosts(node),
         login=login,
         folder=out or Path(f"{federation}-bundles"),
         days=days,
+        readmit=readmit,
         bounds=None if max_updates_bytes is None else QueueBounds(updates_bytes=max_updates_bytes),
     )
     _show_issue(issue, as_json)
-    if not as_json:
+    if not as_json and issue.bundles:
         _say_what_is_next(issue, desk.office, is_ours=node is not None)
 
 
@@ -298,8 +304,9 @@ def _desk(
     if management is not None and system:
         raise UsageError("--management and --system are two ways to two brokers: give one of them")
     if management is not None:
-        api = ManagementApi(management, password=_password, allow_plaintext=plaintext)
-        return Desk(admin=api, office=Office(authority or _folder_for(api.host)), now=_now()), None
+        office = Office(authority or _folder_for(urlsplit(management).hostname or "broker"))
+        api = ManagementApi(management, password=_password, allow_plaintext=plaintext, ca=office.trusted())
+        return Desk(admin=api, office=office, now=_now()), None
     if system:
         admin = Rabbitmqctl.of_this_host()
         return Desk(admin=admin, office=Office(authority or _folder_for("localhost")), now=_now()), None
@@ -348,14 +355,29 @@ def _own_hosts(node: NodeState | None) -> list[str]:
     return [f"{host}:{node.tls_port}"]
 
 
+def _client_ids(clients: str | None) -> list[str]:
+    ids = [client.strip() for client in (clients or "").split(",") if client.strip()]
+    if clients is not None and not ids:
+        raise UsageError("--clients names nobody: --clients hospital-a,hospital-b")
+    return ids
+
+
 def _show_issue(issue: Issue, as_json: bool) -> None:
     if as_json:
         bundles = {user: os.fspath(path) for user, path in issue.bundles.items()}
-        shown = {"federation": issue.federation, "login": issue.login, "bundles": bundles, "kept": list(issue.kept)}
+        shown = {
+            "federation": issue.federation,
+            "login": issue.login,
+            "bundles": bundles,
+            "kept": list(issue.kept),
+            "out": list(issue.out),
+        }
         typer.echo(json.dumps(shown))
         return
     for user, path in issue.bundles.items():
         typer.echo(f"{user}: {path}")
+    if issue.out:
+        typer.echo(f"revoked, and left out: {', '.join(issue.out)} (--readmit lets them in again)")
     if issue.kept:
         typer.echo(f"there already, and as they were: {', '.join(issue.kept)} ('fedbus broker rotate' for new bundles)")
 
@@ -365,6 +387,8 @@ def _say_what_is_next(issue: Issue, office: Office, *, is_ours: bool) -> None:
     typer.echo("  hand each bundle to its owner in confidence, and delete your copy: it is a key")
     typer.echo("  at the server:  fedbus server APP --bundle server.json")
     typer.echo("  at each client: fedbus client APP --bundle CLIENT.json")
+    if any(path.name == "worker.json" for path in issue.bundles.values()):
+        typer.echo("  at each worker: fedbus worker APP --bundle worker.json")
     if issue.login == "certificate" and not is_ours:
         typer.echo(f"  at the broker:  trust {office.folder / 'ca.pem'}, enable rabbitmq_auth_mechanism_ssl, and set")
         typer.echo("                  auth_mechanisms.1 = EXTERNAL and ssl_cert_login_from = common_name")

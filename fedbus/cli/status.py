@@ -268,7 +268,11 @@ def _run_lines(glance: Glance) -> Iterator[Text]:
         yield _line("server", f"cannot be asked, the broker lets nobody publish: {glance.alarm}", style="bold red")
         return
     if found is None:
-        yield _line("server", "none answers (or it does not take this user for its own)", style="bold red")
+        yield _line(
+            "server",
+            "none answers (or this user is not its own: of a provisioned federation give --bundle server.json)",
+            style="bold red",
+        )
         return
     yield _line(
         "run",

@@ -106,13 +106,23 @@ class _Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        # A time for the whole of it: whoever sends a byte now and then would keep a place for ever.
+        deadline = threading.Timer(_PATIENCE_S, _hang_up, (request,))
+        deadline.daemon = True
+        deadline.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            deadline.cancel()
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever hangs up before the answer is nobody's error, and a page that fails has been answered with 500."""
+
+
+def _hang_up(request: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended just now
+        request.shutdown(socket.SHUT_RDWR)
 
 
 def _server_of(family: int, pages: Pages) -> type[_Server]:

@@ -128,6 +128,7 @@ class ManagementApi(Admin):
 
     Args:
         url: https://USER@HOST:15671; its certificate is verified, by the system's CAs or those in SSL_CERT_FILE.
+        ca: PEM of further authorities that are trusted.
         password: says what USER's is; asked when all else is in order.
         allow_plaintext: http:// to another machine, too.
 
@@ -135,7 +136,9 @@ class ManagementApi(Admin):
         ConfigError: `url` is none, or would send the password in the clear.
     """
 
-    def __init__(self, url: str, *, password: Callable[[], str], allow_plaintext: bool = False) -> None:
+    def __init__(
+        self, url: str, *, password: Callable[[], str], allow_plaintext: bool = False, ca: str | None = None
+    ) -> None:
         parts = _split(url)
         if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not allow_plaintext:
             raise ConfigError(
@@ -147,9 +150,12 @@ class ManagementApi(Admin):
         self._base = f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port else "") + parts.path.rstrip("/")
         credentials = f"{unquote(parts.username or '')}:{password()}"
         self._authorization = "Basic " + base64.b64encode(credentials.encode()).decode()
+        trusted = ssl.create_default_context()
+        if ca is not None:
+            trusted.load_verify_locations(cadata=ca)
         # No proxies: a plain request to loopback must stay there.
         self._opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl.create_default_context())
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted)
         )
 
     def __repr__(self) -> str:
@@ -201,6 +207,11 @@ class ManagementApi(Admin):
                 raise self._refusal(exc) from None
         except (OSError, ValueError) as exc:
             cause = exc.reason if isinstance(exc, urllib.error.URLError) else exc
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise BrokerUnreachable(
+                    f"the management API at {self._base} cannot be trusted: {cause.verify_message.rstrip('.')}. Name "
+                    "the folder with its CA (--authority DIR), or the CA itself in SSL_CERT_FILE"
+                ) from None
             raise BrokerUnreachable(f"no management API answers at {self._base}: {one_line(str(cause), 200)}") from None
         return json.loads(text) if text else None
 

@@ -56,13 +56,15 @@ class Desk:
 class Issue:
     """What `provision` and `rotate` have done.
 
-    `bundles`: user to file, for whom a new one was written; `kept`: users that were there and keep what they have.
+    `bundles`: user to file, for whom a new one was written; `kept`: users that were there and keep what they have;
+    `out`: who was revoked, and is not let in again.
     """
 
     federation: str
     login: Login
     bundles: Mapping[str, Path]
     kept: Sequence[str] = ()
+    out: Sequence[str] = ()
     has_guest: bool = False
 
 
@@ -104,6 +106,7 @@ def provision(
     folder: Path,
     days: int = USER_DAYS,
     bounds: QueueBounds | None = None,
+    readmit: bool = False,
 ) -> Issue:
     """Make the federation where it is not there, and add those members that are missing.
 
@@ -115,6 +118,7 @@ def provision(
         folder: of the bundles, one file for each new user.
         days: until certificates expire.
         bounds: of the queues; None: as the last time, else the usual ones.
+        readmit: let those in again, too, who were revoked: otherwise a list that still has them would.
 
     Raises:
         ConfigError: a name that cannot be used, or no way to a certificate.
@@ -126,8 +130,11 @@ def provision(
         known = desk.admin.definitions()
         there = _current_users(known, federation)
         _check_ours(known, federation, there)
+        _check_recorded(desk, records, federation, there)
         record = _agree(desk.office, records.federations.get(federation), hosts, login, bounds)
-        new = [_next_user(federation, who, known, records) for who in wanted if who not in there]
+        missing = [who for who in wanted if who not in there]
+        out = [] if readmit else [who for who in missing if _was_revoked(records, federation, who)]
+        new = [_next_user(federation, who, known, records) for who in missing if who not in out]
         every = [*there.values(), *new]
         setting = _missing_in(known, _federation_definitions(federation, known, every, record.bounds))
         records.federations[federation] = record
@@ -138,6 +145,7 @@ def provision(
         login=record.login,
         bundles=bundles,
         kept=kept,
+        out=out,
         has_guest=any(user["name"] == "guest" for user in known["users"]),
     )
 
@@ -163,6 +171,15 @@ def rotate(desk: Desk, federation: str, who: Sequence[str], *, folder: Path, day
     return Issue(federation=federation, login=record.login, bundles=bundles)
 
 
+def _was_revoked(records: Records, federation: str, who: str) -> bool:
+    """Whether somebody of that name was in, and was turned out."""
+    for name, record in records.users.items():
+        user = User.parse(name)
+        if user is not None and (user.federation, user.who) == (federation, who) and record.revoked_at is not None:
+            return True
+    return False
+
+
 def revoke(desk: Desk, federation: str, who: Sequence[str]) -> list[str]:
     """Turn members out, at once and for good; returns their broker users.
 
@@ -175,6 +192,7 @@ def revoke(desk: Desk, federation: str, who: Sequence[str]) -> list[str]:
     with desk.office.open() as records:
         known = desk.admin.definitions()
         there = _members_of(known, federation, who)
+        _check_recorded(desk, records, federation, there)
         _turn_out(desk, records, _all_of(known, there), "its rights were revoked", with_inbox=True)
     return [user.name for user in there.values()]
 
@@ -259,6 +277,15 @@ def _check_ours(known: Mapping[str, Any], federation: str, there: Mapping[str, U
         raise ConfigError(
             f"the broker has a vhost {federation!r}, and no member of a federation in it: choose another name, or "
             f"delete it (rabbitmqctl delete_vhost {federation})"
+        )
+
+
+def _check_recorded(desk: Desk, records: Records, federation: str, there: Mapping[str, User]) -> None:
+    """Without the records the names of users who are out would be given again, and old certificates log in by them."""
+    if there and federation not in records.federations:
+        raise ConfigError(
+            f"the broker has the federation {federation!r}, and the records in {desk.office.folder} do not know it: "
+            "name the folder of those that do (--authority DIR)"
         )
 
 

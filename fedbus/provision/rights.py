@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 from fedbus.bus import topology
-from fedbus.config import check_client_id
+from fedbus.config import VIRTUAL_PREFIX, check_client_id
 from fedbus.errors import ConfigError
 
 Role: TypeAlias = Literal["server", "worker", "client"]
@@ -29,7 +29,6 @@ SERVER: Final = "server"
 WORKER: Final = "worker"
 
 _FEDERATION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
-_VIRTUAL: Final = "virtual-"  # what workers may publish as
 _USER: Final = re.compile(r"(?P<federation>[^.]+)\.(?P<who>[^~]+)(?:~(?P<generation>\d+))?")
 _INGRESS: Final = (topology.CONTROL, topology.UPDATES)
 _END: Final = r"$(?!\n)"  # to RabbitMQ's regular expressions "$" is before a last line feed, too
@@ -123,7 +122,7 @@ def check_federation(name: str) -> str:
 def check_client(client_id: str) -> str:
     """Return `client_id` when a client of a provisioned federation can have it, else raise `ConfigError`."""
     check_client_id(client_id)
-    if client_id in (SERVER, WORKER) or client_id.startswith(_VIRTUAL):
+    if client_id in (SERVER, WORKER) or client_id.startswith(VIRTUAL_PREFIX):
         raise ConfigError(f"client id {client_id!r} is taken by another part of the federation: choose another")
     return client_id
 

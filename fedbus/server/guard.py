@@ -48,6 +48,7 @@ _TOKENS_PER_CPU_S: Final = 10_000
 
 _DROPS_AT_ONCE: Final = 256
 _TELL_EVERY_S: Final = 1.0
+_RETRY_S: Final = 1.0
 SHUT_OUT: Final = "its sender is shut out for flooding"
 
 
@@ -104,7 +105,7 @@ class Guard:
 
     def is_shut_out(self, queue: str, delivery: Delivery) -> bool:
         """Whether the message is to be dropped unread; then it has been noted."""
-        user = delivery.user_id
+        user = self._identity.user_of(delivery)
         if user is None or not self._meter.is_shut(user):
             return False
         self._note(queue, user, SHUT_OUT)
@@ -121,8 +122,8 @@ class Guard:
 
     def spend(self, delivery: Delivery, cost: float) -> None:
         """Put the cost of a message down to its sender."""
-        user = delivery.user_id
-        if user is None or not self._identity.has_own_user(delivery):
+        user = self._identity.user_of(delivery)
+        if user is None or delivery.redelivered:  # it has been paid for, and comes again by nobody's fault
             return
         shut_s = self._meter.spend(user, cost, WORKERS if self._identity.is_worker(user) else CLIENT)
         if shut_s:
@@ -179,7 +180,7 @@ class Guard:
 
     async def keep_doors(self) -> None:
         """Shut and open them, for ever."""
-        shut: set[str] = set()
+        shut: set[str] | None = set()  # None: nobody knows
         while True:
             until = min(self._kept_out.values(), default=None)
             with contextlib.suppress(TimeoutError):
@@ -190,13 +191,15 @@ class Guard:
             if shut != self._kept_out.keys():
                 shut = await self._keep_out(set(self._kept_out), shut)
 
-    async def _keep_out(self, keys: set[str], former: set[str]) -> set[str]:
-        """A binding is taken away with its queue: the others' are made anew at once."""
+    async def _keep_out(self, keys: set[str], former: set[str] | None) -> set[str] | None:
+        """A binding is taken away with its queue: the others' are made anew. None, and soon again, on failure."""
         try:
-            if not former <= keys:
+            if former is None or not former <= keys:
                 await self.begin()
                 former = set()
             await self._bus.declare(kept_out(keys - former), remember=False)
         except (BrokerDenied, QueueMismatch, QueueMissing, PublishUnconfirmed) as exc:
             _LOGGER.warning("the broker does not keep out who floods: %s", exc)
+            asyncio.get_running_loop().call_later(_RETRY_S, self._changed.set)
+            return None
         return keys

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from fedbus.bus.base import Delivery
-from fedbus.config import check_client_id, is_client_id
+from fedbus.config import VIRTUAL_PREFIX, check_client_id, is_client_id
 from fedbus.errors import DecodeError, one_line
 
 _SERVER = "server"
@@ -41,13 +41,13 @@ class Identity:
 
     def check_ours(self, delivery: Delivery) -> None:
         """Raise `DecodeError` unless the server's own user sent it."""
-        self._check_told(delivery)
+        self.check_told(delivery)
         if delivery.user_id != self._own_user:
             raise DecodeError(f"{_shown(delivery.user_id)} may not say what only the server says")
 
     def check(self, delivery: Delivery, client_id: str) -> None:
         """Raise `DecodeError`, or `ConfigError` for a name that is none, unless the sender is this client."""
-        self._check_told(delivery)
+        self.check_told(delivery)
         check_client_id(client_id)  # it is about to be a routing key, and on a screen
         user = _without_generation(delivery.user_id or "")
         is_virtual = client_id in self._virtual_clients
@@ -71,10 +71,19 @@ class Identity:
         return None if self.is_worker(user) or not is_client_id(client_id) else client_id
 
     def user_of(self, delivery: Delivery) -> str | None:
-        """The sender as it may be shown and counted; None where the broker cannot tell."""
-        return one_line(delivery.user_id, 100) if self.has_own_user(delivery) and delivery.user_id else None
+        """The sender as it may be shown and counted; None where the broker cannot tell.
 
-    def _check_told(self, delivery: Delivery) -> None:
+        Where a message does not name its user, a provisioned broker vouches for its routing key.
+        """
+        if delivery.user_id is not None:
+            return one_line(delivery.user_id, 100) if self.has_own_user(delivery) else None
+        if not self.is_provisioned or not is_client_id(delivery.routing_key):
+            return None
+        is_virtual = delivery.routing_key.startswith(VIRTUAL_PREFIX)
+        return self._worker if is_virtual else f"{self._prefix}{delivery.routing_key}"
+
+    def check_told(self, delivery: Delivery) -> None:
+        """Raise `DecodeError` unless the broker can say who sent it, and to where."""
         if delivery.is_copied:
             raise DecodeError("a message with a CC header: nobody may choose further routing keys")
         if delivery.user_id is None:

@@ -165,6 +165,7 @@ class UpdateIntake:
             raise DecodeError(f"a {type(message).__name__} does not belong here")
         if isinstance(message, m.Update):
             self._identity.check(delivery, message.client_id)
+        self._identity.check_told(delivery)
         return dataclasses.replace(message, transfer=f"{delivery.user_id}/{message.transfer}")
 
     async def _reject(self, delivery: Delivery, exc: Exception) -> None:

@@ -354,8 +354,10 @@ class Server:
         rounds = self._history.rounds
         if self._keeps_rounds_on_disk and rounds and rounds[0].round > 1:
             texts = self._ledger.record_texts(through=rounds[0].round - 1)
-            with contextlib.suppress(sqlite3.Error):  # a disk that fails is told of already
+            try:
                 rounds[:0] = [record_from_json(json.loads(text)) for text in texts]
+            except sqlite3.Error as exc:
+                _LOGGER.warning("the history that is returned lacks its first rounds: the ledger gives %s", exc)
 
     @property
     def _keeps_rounds_on_disk(self) -> bool:

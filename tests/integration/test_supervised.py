@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiormq
 import pytest
+from aiormq import spec
+from aiormq.abc import ChannelFrame
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed, DeliveryError, PublishError
 
 from fedbus.bus.access import redacted
@@ -228,25 +230,28 @@ async def test_an_outage_of_the_road_is_waited_out(node: PrivateNode, name: str,
 async def test_what_is_acknowledged_together_goes_in_one_frame(
     node: PrivateNode, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames: list[tuple[int, bool]] = []
+    frames: list[tuple[int | None, bool | None]] = []
     async with await connect(node.url) as bus:
         await bus.declare(topology(name))
         for i in range(9):
             await bus.publish(name, "", bytes([i]))
         async with bus.consume(name, prefetch=0) as consumer:
             channel: Any = consumer._channel  # type: ignore[attr-defined]
-            send = channel.basic_ack
+            marshall = ChannelFrame.marshall
 
-            async def record(tag: int, multiple: bool = False, wait: bool = True) -> None:
-                frames.append((tag, multiple))
-                await send(tag, multiple=multiple, wait=wait)
+            def record(number: int, acks: Iterable[Any]) -> ChannelFrame:
+                acks = list(acks)
+                frames.extend((ack.delivery_tag, ack.multiple) for ack in acks if isinstance(ack, spec.Basic.Ack))
+                return marshall(number, acks)
 
-            monkeypatch.setattr(channel, "basic_ack", record)
+            monkeypatch.setattr(ChannelFrame, "marshall", record)
             got = [await take(consumer) for _ in range(9)]
             await consumer.ack(got[3])
             await consumer.ack(got[7], got[0], got[2], got[1], got[5], got[4])
             await consumer.ack(got[8])
             await consumer.ack(got[6])
+            state = await bus.queue_state(name)
+            assert (state.messages, state.consumers) == (0, 1)  # the channel lives: the broker took them
         await bus.delete_queue(name)
     assert frames == [(4, False), (6, True), (8, False), (9, False), (7, False)]
 

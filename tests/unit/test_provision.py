@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from pathlib import Path
@@ -161,7 +162,9 @@ def test_a_name_that_a_certificate_was_issued_for_is_never_given_again(
     assert revoke(desk, "f", ["a"]) == ["f.a"]
     assert users(admin) == {"f.server"}
     assert admin.deleted_queues == [("f", "fedbus.inbox.a")]
-    assert set(provision(desk, "f", ["a"], folder=out).bundles) == {"f.a~2"}
+    again = provision(desk, "f", ["a"], folder=out)  # a list that still has it
+    assert (again.bundles, again.out, users(admin)) == ({}, ["a"], {"f.server"})
+    assert set(provision(desk, "f", ["a"], folder=out, readmit=True).bundles) == {"f.a~2"}
     revoke(desk, "f", ["a"])
     provision(desk, "f", ["a"], login="password", folder=out)
     assert Bundle.load(out / "a.json").user == "f.a~3"
@@ -243,7 +246,7 @@ def test_the_list_says_who_is_connected_until_when_and_who_is_out(desk: Desk, ad
     assert listed[1].not_after == "2030-01-31T00:00:00+00:00"
     assert listed[2].revoked_at == "2030-01-01T00:00:00+00:00"
     assert listed[5].not_after is None
-    provision(desk, "f", ["b"], folder=out)
+    provision(desk, "f", ["b"], folder=out, readmit=True)
     assert [member.revoked_at for member in members(desk, "f") if member.who == "b"] == [None]
 
 
@@ -395,3 +398,20 @@ def test_a_password_is_salted_and_none_is_none() -> None:
     one, two = password_hash("p"), password_hash("p")
     assert one["password_hash"] != two["password_hash"]
     assert password_hash("") == {"password_hash": ""}
+
+
+def test_records_that_do_not_know_the_federation_are_not_trusted_with_it(
+    desk: Desk, admin: MemoryAdmin, out: Path, tmp_path: Path
+) -> None:
+    provision(desk, "f", ["a", "b"], hosts=HOSTS, folder=out)
+    revoke(desk, "f", ["b"])
+    elsewhere = dataclasses.replace(desk, office=Office(tmp_path / "typo"))
+    elsewhere.office.found("fedbus CA", desk.now)
+    for attempt in (
+        lambda: provision(elsewhere, "f", ["b"], hosts=HOSTS, folder=out),
+        lambda: revoke(elsewhere, "f", ["a"]),
+        lambda: rotate(elsewhere, "f", ["a"], folder=out),
+    ):
+        with pytest.raises(ConfigError, match="do not know"):
+            attempt()
+    assert users(admin) == {"f.server", "f.a"}
