@@ -46,7 +46,7 @@ class Bundle:
                 content = json.load(file)
         except OSError as exc:
             raise ConfigError(f"the bundle {path} cannot be read: {exc.strerror}") from exc
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise ConfigError(f"{path} is no bundle: fedbus broker provision writes them") from exc
         if mode & stat.S_IROTH:
             raise ConfigError(f"everybody on this machine can read the bundle {path}: chmod 600 {path}")

@@ -47,7 +47,7 @@ def _parse(answer: m.Status) -> dict[str, Any]:
         status = json.loads(bytes(memoryview(answer.payload)))  # type: ignore[arg-type]  # decoded: one buffer
         if isinstance(status, dict):
             return status
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise DecodeError(f"the server's status is no JSON: {exc}") from exc
     raise DecodeError("the server's status is no JSON object")
 

@@ -214,7 +214,7 @@ def map_model(path: Path) -> MappedModel:
         return MappedModel({name: tensors[name] for name in order}, metadata, raw)
     except OSError as exc:
         raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as exc:
         raise ConfigError(f"{path} is not a safetensors file: {exc}") from exc
 
 

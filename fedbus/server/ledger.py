@@ -116,8 +116,8 @@ class Ledger:
         """
         try:
             return self._take_over(max_staleness, recent_rounds)
-        except (ValueError, KeyError, TypeError) as exc:
-            raise ConfigError(f"{self._path} is not the ledger of a run: {exc!r}") from exc
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, sqlite3.IntegrityError) as exc:
+            raise ConfigError(f"{self._path} is not the ledger of a run, or is damaged: {exc!r}") from exc
 
     def _take_over(self, max_staleness: int, recent_rounds: int) -> LastCommit:
         with self._lock, _writing():

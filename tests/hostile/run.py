@@ -52,7 +52,7 @@ class Row:
 def measure(ground: Ground, attack: Attack, seconds: float) -> Row:
     """A time of peace, and then the attack for as long."""
     seconds *= _FLOOD_TIMES if attack.is_flood else 1
-    ground.rounds_go_on(1)
+    ground.rounds_go_on(3)  # what an earlier attack has left is behind us
     peace = _rounds_during(ground, seconds)
     refused, plays, is_stopped = "", 0, True
     since = len(ground.look())

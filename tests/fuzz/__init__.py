@@ -1,0 +1,1 @@
+"""Random and coverage-guided input for all that reads bytes from elsewhere."""
