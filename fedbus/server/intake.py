@@ -13,7 +13,7 @@ from fedbus.clock import now
 from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
 from fedbus.rounds import events as e
 from fedbus.rounds.engine import Engine
-from fedbus.server.guard import CLIENT, MESSAGE, ORPHAN, REFUSED_UPDATE, Drops, Guard
+from fedbus.server.guard import CLIENT, MESSAGE, ORPHAN, REFUSED_UPDATE, SHUT_OUT, Drops, Guard
 from fedbus.server.identity import Identity
 from fedbus.server.slots import UploadSlots
 from fedbus.server.staging import (
@@ -130,6 +130,7 @@ class UpdateIntake:
             self._last_arrival = now()
             self.received_bytes += len(delivery.body)
             if self._guard.is_shut_out(UPDATES, delivery):
+                await self._give_up_all_of(delivery.user_id)
                 await dropped.add(delivery)
                 continue
             await dropped.settle()
@@ -240,6 +241,18 @@ class UpdateIntake:
         self.slots.release_client(client_id)
         for transfer in self._staging.of_client(client_id):
             self._report_invalid(self._staging.give_up(transfer), reason)
+
+    async def _give_up_all_of(self, user: str | None) -> None:
+        """Whoever is shut out cannot finish what it has begun.
+
+        And what is not settled of it would stand before all that is dropped: only deliveries without a gap are
+        acknowledged at once, and one by one they keep the broker as busy as the flood itself.
+        """
+        for transfer in self._staging.of_user(user or ""):
+            if self._staging.head_of(transfer) is None:
+                await self._forget([transfer])
+            else:
+                self._report_invalid(self._staging.give_up(transfer), SHUT_OUT)
 
     async def look_after_stalled(self) -> None:
         """Now and then: give up uploads whose sender is gone, and ask again for those whose sender lives."""

@@ -96,7 +96,7 @@ class Staging:
         self._aborted: OrderedDict[str, None] = OrderedDict()
         self._updates: dict[int, StagedUpdate] = {}
         self._by_transfer: dict[str, StagedUpdate] = {}
-        self._copies: list[Delivery] = []
+        self._copies: dict[tuple[int, int], Delivery] = {}  # each once, however often it was looked at
         self._tokens = itertools.count(1)
 
     def __repr__(self) -> str:
@@ -111,8 +111,8 @@ class Staging:
 
     def take_copies(self) -> list[Delivery]:
         """Deliveries of parts that are here already, sent twice over one connection; the caller's to settle, now."""
-        copies, self._copies = self._copies, []
-        return copies
+        copies, self._copies = self._copies, {}
+        return list(copies.values())
 
     def _renew(self, deliveries: dict[int, Delivery], index: int, delivery: Delivery) -> None:
         """Keep the delivery by which a part can be settled: of another connection the newer, of the same the first."""
@@ -120,7 +120,7 @@ class Staging:
         if known is not None and (known.generation, known.tag) == (delivery.generation, delivery.tag):
             return
         if known is not None and known.generation == delivery.generation:
-            self._copies.append(_bare(delivery))
+            self._copies[delivery.generation, delivery.tag] = _bare(delivery)
         else:
             deliveries[index] = _bare(delivery)
 
@@ -215,6 +215,11 @@ class Staging:
     def of_task(self, task_id: str) -> list[str]:
         """The transfers under way for `task_id`."""
         return [name for name, transfer in self._transfers.items() if transfer.head.task_id == task_id]
+
+    def of_user(self, user: str) -> list[str]:
+        """The transfers under way whose parts came from this user, with or without a head."""
+        begin = f"{user}/"
+        return [name for name in (*self._transfers, *self._orphans) if name.startswith(begin)]
 
     def of_client(self, client_id: str) -> list[str]:
         """The transfers of this client under way."""
