@@ -66,7 +66,7 @@ class QueueBounds:
     updates_bytes: int = 4 << 30
     updates: int = 500_000
     control_bytes: int = 128 << 20
-    control: int = 200_000
+    control: int = 50_000
     inbox_bytes: int = 64 << 20
     inbox: int = 10_000
     dead_bytes: int = 64 << 20

@@ -33,8 +33,10 @@ CLIENT: Final = Allowance(per_s=200, burst=5000)
 WORKERS: Final = Allowance(per_s=20_000, burst=500_000)
 """All worker processes together: they speak for any number of virtual clients."""
 
-MESSAGE: Final = 1
-"""A heartbeat, an upload request: what is soon done with. So is a part that came already, or that nobody needs now."""
+MESSAGE: Final = 5
+"""A heartbeat, an upload request, a report: 40 in a second at length, 1000 at once."""
+COPY: Final = 0.5
+"""A part that came already, or that nobody needs now: soon done with, but for its bytes."""
 JOIN: Final = 50
 """It is answered, noted in the ledger, and may be given its task again: 4 in a second at length, 100 at once."""
 REFUSED_UPDATE: Final = 50

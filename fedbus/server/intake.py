@@ -13,7 +13,7 @@ from fedbus.clock import now
 from fedbus.errors import ConfigError, DecodeError, UpdateRefused, one_line
 from fedbus.rounds import events as e
 from fedbus.rounds.engine import Engine
-from fedbus.server.guard import CLIENT, MESSAGE, ORPHAN, REFUSED_UPDATE, SHUT_OUT, Drops, Guard
+from fedbus.server.guard import CLIENT, COPY, ORPHAN, REFUSED_UPDATE, SHUT_OUT, Drops, Guard
 from fedbus.server.identity import Identity
 from fedbus.server.slots import UploadSlots
 from fedbus.server.staging import (
@@ -154,7 +154,7 @@ class UpdateIntake:
         """Of a part that changes nothing. An honest client sends a whole update twice when it is asked again, and goes
         on for a while with one that is refused: so much may come of each."""
         update_bytes = 0 if self._check is None else self._check.nbytes
-        return MESSAGE / 2 + CLIENT.burst * len(delivery.body) / (4 * max(update_bytes, _LARGE_BYTES))
+        return COPY + CLIENT.burst * len(delivery.body) / (4 * max(update_bytes, _LARGE_BYTES))
 
     def _decode(self, delivery: Delivery) -> m.Update | m.Part:
         """What came, with a name of its transfer that no other user can make up.

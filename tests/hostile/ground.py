@@ -131,11 +131,11 @@ class Ground:
                 raise Stalled(f"no {event} {fields} within {timeout_s:.0f} s; the server's last words: {last}")
             time.sleep(_POLL_S)
 
-    def rounds_go_on(self, count: int = 1) -> None:
+    def rounds_go_on(self, count: int = 1, timeout_s: float = 30.0) -> None:
         """Wait until `count` more rounds are committed with the updates of all honest clients."""
         since = len(self.look())
         for _ in range(count):
-            told = self.until("round_closed", since, reason="min_fit_clients", timeout_s=30)
+            told = self.until("round_closed", since, reason="min_fit_clients", timeout_s=timeout_s)
             since = self.told.index(told) + 1
 
     def broker_log(self) -> str:

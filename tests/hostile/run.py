@@ -26,6 +26,7 @@ from tests.hostile.ground import Ground, PeakWatch
 from tests.hostile.raw import Refused
 
 _FLOOD_TIMES = 3
+_CALM_ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Row:
 def measure(ground: Ground, attack: Attack, seconds: float) -> Row:
     """A time of peace, and then the attack for as long."""
     seconds *= _FLOOD_TIMES if attack.is_flood else 1
-    ground.rounds_go_on(3)  # what an earlier attack has left is behind us
+    _until_calm(ground)
     peace = _rounds_during(ground, seconds)
     refused, plays, is_stopped = "", 0, True
     since = len(ground.look())
@@ -69,7 +70,7 @@ def measure(ground: Ground, attack: Attack, seconds: float) -> Row:
             finally:
                 field.close()
             plays += 1
-        ground.rounds_go_on(1)
+        ground.rounds_go_on(1, timeout_s=120)
     war = _rounds(ground, since)
     return Row(
         attack=attack.name,
@@ -84,6 +85,15 @@ def measure(ground: Ground, attack: Attack, seconds: float) -> Row:
         p95=_p95(war),
         is_stopped=is_stopped,
     )
+
+
+def _until_calm(ground: Ground) -> None:
+    """Wait until all that an earlier attack has left is behind us."""
+    while True:
+        since = len(ground.look())
+        ground.rounds_go_on(_CALM_ROUNDS, timeout_s=120)
+        if not any(told.get("event") == "message_rejected" for told in ground.told[since:]):
+            return
 
 
 def _rounds_during(ground: Ground, seconds: float) -> list[float]:

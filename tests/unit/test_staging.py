@@ -39,7 +39,8 @@ def update_of_three_parts(transfer: str = "x") -> list[Any]:
         schema=outgoing.schema, part_bytes=PART, checksum=checksum(payloads[0]), payload=payloads[0],
     )  # fmt: skip
     parts = [m.Part(transfer=transfer, index=i, checksum=checksum(p), payload=p) for i, p in enumerate(payloads)]
-    return [decode(encode(message)) for message in (head, *parts[1:])]
+    messages: list[m.Message] = [head, *parts[1:]]
+    return [decode(encode(message)) for message in messages]
 
 
 def orphan(transfer: str, payload: bytes = b"") -> Any:
