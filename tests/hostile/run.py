@@ -43,6 +43,8 @@ class Row:
     broker_peak: float
     p95_peace: float
     p95: float
+    worst: float
+    rounds: int
     is_stopped: bool
 
     @property
@@ -83,6 +85,8 @@ def measure(ground: Ground, attack: Attack, seconds: float) -> Row:
         broker_peak=round(memory.peak["broker"]),
         p95_peace=_p95(peace),
         p95=_p95(war),
+        worst=max(war),
+        rounds=len(war),
         is_stopped=is_stopped,
     )
 
@@ -138,7 +142,7 @@ def _shown(row: Row, *, as_json: bool) -> Row:
         print(  # noqa: T201
             f"{row.attack} | {row.control} | {verdict}{row.refused} | server {row.server_before:.0f} -> "
             f"{row.server_peak:.0f} MiB | broker {row.broker_before:.0f} -> {row.broker_peak:.0f} MiB | "
-            f"p95 {row.p95_peace:.2f} -> {row.p95:.2f} s, x {row.ratio:.2f}",
+            f"p95 {row.p95_peace:.2f} -> {row.p95:.2f} s, x {row.ratio:.2f}, worst of {row.rounds}: {row.worst:.2f} s",
             flush=True,
         )
     return row

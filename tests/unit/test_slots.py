@@ -142,6 +142,20 @@ def test_a_grant_that_nobody_uses_is_taken_back() -> None:
     assert desk.granted == ["a", "b", "c", "a"]
 
 
+def test_an_upload_that_takes_for_ever_holds_nobody_up() -> None:
+    desk = Desk()
+    desk.request("a", nbytes=10 * slots_module.SLOWEST_BYTES_PER_S)
+    desk.slots._granted["a"].granted_at = 100.0
+    desk.slots.release_slow(before=111.0)
+    assert list(desk.slots._granted) == ["a"]  # nobody waits for its place
+    desk.request("b")
+    desk.arrive("a", LARGE)
+    desk.slots.release_slow(before=110.0)
+    assert desk.granted == ["a"]
+    desk.slots.release_slow(before=111.0)
+    assert desk.granted == ["a", "b"]
+
+
 def test_a_task_that_was_refused_while_it_waited_is_not_granted() -> None:
     desk = Desk()
     desk.request("a", "b", "c")

@@ -113,7 +113,8 @@ async def test_a_user_that_may_declare_nothing_is_told_whose_bundle_it_takes() -
         await asker.close()
 
 
-async def test_an_answer_goes_to_a_queue_of_replies_and_to_no_client() -> None:
+async def test_an_answer_goes_to_a_queue_of_replies_and_to_no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbus.server.guard._TELL_EVERY_S", 0.0)  # each by itself
     async with waiting_server() as story:
         asker = story.connect("server")
         for reply_to in ("hospital-a", "", "reply.x", f"reply.{'0' * 32}x"):

@@ -726,7 +726,8 @@ async def test_the_server_tells_how_many_workers_there_are() -> None:
 # ---- who may say what ------------------------------------------------------------------------------------------------
 
 
-async def test_nobody_joins_or_leaves_as_a_virtual_client() -> None:
+async def test_nobody_joins_or_leaves_as_a_virtual_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedbus.server.guard._TELL_EVERY_S", 0.0)  # each by itself
     gate = Gate()
     app = app_of(gate.client_fn, rounds={"num_rounds": 1, "min_fit_clients": 2, "fraction_evaluate": 0})
     async with federation(app) as story:
