@@ -230,19 +230,18 @@ async def test_an_outage_of_the_road_is_waited_out(node: PrivateNode, name: str,
 async def test_what_is_acknowledged_together_goes_in_one_frame(
     node: PrivateNode, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames: list[tuple[int | None, bool | None]] = []
+    acked: list[tuple[int | None, bool | None]] = []
     async with await connect(node.url) as bus:
         await bus.declare(topology(name))
         for i in range(9):
             await bus.publish(name, "", bytes([i]))
         async with bus.consume(name, prefetch=0) as consumer:
-            channel: Any = consumer._channel  # type: ignore[attr-defined]
             marshall = ChannelFrame.marshall
 
-            def record(number: int, acks: Iterable[Any]) -> ChannelFrame:
-                acks = list(acks)
-                frames.extend((ack.delivery_tag, ack.multiple) for ack in acks if isinstance(ack, spec.Basic.Ack))
-                return marshall(number, acks)
+            def record(channel_number: int, frames: Iterable[Any], **rest: Any) -> ChannelFrame:
+                given = list(frames)
+                acked.extend((ack.delivery_tag, ack.multiple) for ack in given if isinstance(ack, spec.Basic.Ack))
+                return marshall(channel_number, given, **rest)
 
             monkeypatch.setattr(ChannelFrame, "marshall", record)
             got = [await take(consumer) for _ in range(9)]
@@ -253,7 +252,7 @@ async def test_what_is_acknowledged_together_goes_in_one_frame(
             state = await bus.queue_state(name)
             assert (state.messages, state.consumers) == (0, 1)  # the channel lives: the broker took them
         await bus.delete_queue(name)
-    assert frames == [(4, False), (6, True), (8, False), (9, False), (7, False)]
+    assert acked == [(4, False), (6, True), (8, False), (9, False), (7, False)]
 
 
 @pytest.mark.broker

@@ -116,8 +116,7 @@ async def test_large_garbage_costs_more_than_small_and_the_servers_own_user_is_n
         return 0
 
     small, large = sent("fed.m1", 10), sent("fed.m2", 1 << 20)
-    assert 90 < small < 110
-    assert 30 < large < 50
+    assert 0 < large < small < 300  # each by itself is paid for, beside what it takes of the processor
     assert sent("fed.server", 10) == 0
 
 

@@ -166,7 +166,7 @@ def test_a_name_that_a_certificate_was_issued_for_is_never_given_again(
     assert (again.bundles, again.out, users(admin)) == ({}, ["a"], {"f.server"})
     assert set(provision(desk, "f", ["a"], folder=out, readmit=True).bundles) == {"f.a~2"}
     revoke(desk, "f", ["a"])
-    provision(desk, "f", ["a"], login="password", folder=out)
+    provision(desk, "f", ["a"], login="password", folder=out, readmit=True)
     assert Bundle.load(out / "a.json").user == "f.a~3"
 
 
