@@ -66,9 +66,9 @@ class Identity:
         return _without_generation(user) == self._worker
 
     def client_of(self, user: str) -> str | None:
-        """The client that a user of its own is; None for the workers', or where it can be none."""
+        """The client that a user of its own is; None for the workers' and a server's, or where it can be none."""
         client_id = _without_generation(user).removeprefix(self._prefix)
-        return None if self.is_worker(user) or not is_client_id(client_id) else client_id
+        return client_id if client_id not in (_SERVER, _WORKER) and is_client_id(client_id) else None
 
     def user_of(self, delivery: Delivery) -> str | None:
         """The sender as it may be shown and counted; None where the broker cannot tell.

@@ -120,6 +120,14 @@ async def test_large_garbage_costs_more_than_small_and_the_servers_own_user_is_n
     assert sent("fed.server", 10) == 0
 
 
+@pytest.mark.parametrize(
+    ("user", "client_id"),
+    [("fed.c1", "c1"), ("fed.c1~3", "c1"), ("fed.server", None), ("fed.worker~2", None), ("fed.a b", None), ("", None)],
+)
+def test_the_key_that_is_shut_is_that_of_a_client(user: str, client_id: str | None) -> None:
+    assert Identity("fed.server~2").client_of(user) == client_id
+
+
 def flood(message: m.Message | bytes) -> Iterator[bytes]:
     body = message if isinstance(message, bytes) else encode(message)
     while True:
