@@ -49,6 +49,9 @@ _BYTES_PER_TOKEN: Final = 1 << 14
 _TOKENS_PER_CPU_S: Final = 10_000
 
 _DROPS_AT_ONCE: Final = 256
+_MOST_HELD: Final = 32_768
+"""Half of what a consumer may hold unsettled."""
+_MOST_HELD_BYTES: Final = 64 << 20
 _TELL_EVERY_S: Final = 1.0
 _RETRY_S: Final = 1.0
 SHUT_OUT: Final = "its sender is shut out for flooding"
@@ -66,22 +69,34 @@ class _Untold:
 
 
 class Drops:
-    """What is not looked at, acknowledged in bulk: one by one a flood would cost its receiver as much as its sender."""
+    """What is not looked at, acknowledged in bulk: one by one a flood would cost the broker as much as it did to come.
 
-    def __init__(self, consumer: Consumer) -> None:
+    Only what was delivered without a gap is acknowledged at once. So while something older is still to be settled, the
+    drops wait for it, as many as the broker may well hold for us.
+
+    Args:
+        consumer: from which they came.
+        has_older: whether deliveries from before are not settled.
+    """
+
+    def __init__(self, consumer: Consumer, has_older: Callable[[], bool] = lambda: False) -> None:
         self._consumer = consumer
+        self._has_older = has_older
         self._waiting: list[Delivery] = []
+        self._bytes = 0
 
     async def add(self, delivery: Delivery) -> None:
         self._waiting.append(delivery)
-        if len(self._waiting) >= _DROPS_AT_ONCE:
-            await self.settle()
+        self._bytes += len(delivery.body)
+        if len(self._waiting) % _DROPS_AT_ONCE == 0:
+            await self.settle_if_cheap()
             await asyncio.sleep(0)  # what has arrived is handed out without a pause: others must have their turn
 
-    async def settle(self) -> None:
-        """Nothing of a flood must be left behind."""
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
+    async def settle_if_cheap(self) -> None:
+        """Acknowledge them, unless that is cheaper later."""
+        is_full = len(self._waiting) >= _MOST_HELD or self._bytes >= _MOST_HELD_BYTES
+        if self._waiting and (is_full or not self._has_older()):
+            waiting, self._waiting, self._bytes = self._waiting, [], 0
             await self._consumer.ack(*waiting)
 
 

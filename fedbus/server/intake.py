@@ -67,6 +67,7 @@ class UpdateIntake:
         self._run_id = run_id
         self._put = put
         self._guard = guard
+        self._drops = Drops(consumer, has_older=lambda: not self._staging.is_empty)
         self._staging = Staging()
         self._check: UpdateCheck | None = None
         self._stalled_after_s = stalled_after_s
@@ -110,6 +111,7 @@ class UpdateIntake:
         """Acknowledge many updates, of a commit, in as few words as the broker allows."""
         updates = [self._staging.take_out(token) for token in tokens]
         await self._consumer.ack(*(delivery for update in updates for delivery in update.in_settling_order()))
+        await self._drops.settle_if_cheap()
 
     async def quiet(self, pause_s: float, most_s: float) -> None:
         """Wait until nothing has come for `pause_s`, `most_s` at the most: all that had to come again is here."""
@@ -125,15 +127,14 @@ class UpdateIntake:
 
     async def receive(self) -> None:
         """Take in what comes, for ever."""
-        dropped = Drops(self._consumer)
         async for delivery in self._consumer:
             self._last_arrival = now()
             self.received_bytes += len(delivery.body)
             if self._guard.is_shut_out(UPDATES, delivery):
                 await self._give_up_all_of(delivery.user_id)
-                await dropped.add(delivery)
+                await self._drops.add(delivery)
                 continue
-            await dropped.settle()
+            await self._drops.settle_if_cheap()
             self._guard.watch()
             try:
                 message = self._decode(delivery)

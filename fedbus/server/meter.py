@@ -17,8 +17,8 @@ class Allowance:
     burst: float
 
 
-_SHUT_S: Final = 10.0
-_LONGEST_SHUT_S: Final = 600.0
+_SHUT_S: Final = 60.0
+_LONGEST_SHUT_S: Final = 3600.0
 _FORGIVEN_AFTER_S: Final = 600.0
 
 
@@ -46,7 +46,7 @@ class Meter:
     def spend(self, user: str, cost: float, allowance: Allowance) -> float:
         """Take `cost` tokens; the seconds for which the user is shut out because of it, 0 while there are enough.
 
-        The first time it is 10 s, and twice as long each further time until it has behaved for ten minutes.
+        The first time it is a minute, and twice as long each further time until it has behaved for ten minutes.
         """
         at = self._clock()
         account = self._accounts.get(user)

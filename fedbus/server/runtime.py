@@ -572,7 +572,7 @@ class Server:
             if self._guard.is_shut_out(CONTROL, delivery):
                 await dropped.add(delivery)
                 continue
-            await dropped.settle()
+            await dropped.settle_if_cheap()
             self._guard.watch()
             try:
                 message = decode(delivery.body, most_bytes=MAX_CONTROL_BYTES)

@@ -102,6 +102,11 @@ class Staging:
     def __repr__(self) -> str:
         return f"<Staging transfers={len(self._transfers)} updates={len(self._updates)}>"
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of it is to be settled."""
+        return not (self._transfers or self._orphans or self._updates)
+
     def refresh(self, message: Update | Part, delivery: Delivery) -> bool:
         """True for a part of an update that is whole already: only its delivery is new."""
         update = self._by_transfer.get(message.transfer)
