@@ -436,7 +436,6 @@ async def test_a_queue_of_work_that_somebody_deletes_is_made_anew_with_all_its_t
         await asyncio.to_thread(wait_for, lambda: story.broker.depth(WORK) == 3)
         await story.broker.connect("server").delete_queue(WORK)
         worker = story.start_worker("w1")
-        await story.until(o.WorkAwaited)
         check_whole(story, await serving, virtual(3), 2)
         story.workers["w1"].request_stop()
         assert await worker == 6
