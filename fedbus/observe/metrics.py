@@ -214,10 +214,11 @@ class ServerMetrics(Metrics):
             "fedbus_member_losses", "Members that are none any more, by cause.", ("cause",), registry=registry
         )
         self._workers = Gauge("fedbus_workers", "Workers that take tasks of virtual clients.", registry=registry)
-        self._loss = Gauge("fedbus_evaluation_loss", "Of the last evaluation.", ("where",), registry=registry)
+        self._loss = Gauge("fedbus_evaluation_loss", "Of the newest model evaluated.", ("where",), registry=registry)
+        self._evaluated_round: dict[str, int] = {}
         self._accuracy = Gauge(
             "fedbus_evaluation_accuracy",
-            'Of the last evaluation, where there is a metric "accuracy".',
+            'Of the newest model evaluated, where there is a metric "accuracy".',
             ("where",),
             registry=registry,
         )
@@ -283,6 +284,10 @@ class ServerMetrics(Metrics):
             self._turnaround.observe(event.turnaround_s)
 
     def _evaluated(self, event: o.Evaluated) -> None:
+        """Evaluations of several models go on at the same time, and that of an older one may end later."""
+        if event.round < self._evaluated_round.get(event.where, 0):
+            return
+        self._evaluated_round[event.where] = event.round
         self._loss.labels(event.where).set(event.loss)
         accuracy = event.metrics.get("accuracy")
         if isinstance(accuracy, int | float):

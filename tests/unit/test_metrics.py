@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -112,6 +112,19 @@ async def test_the_counters_of_a_run_equal_what_its_history_says() -> None:
     assert value(text, "fedbus_update_received_bytes_total") > sum(u.nbytes for u in updates)
     assert value(text, "fedbus_model_published_bytes_total") == 12 * (1 + len({r.version for r in history.rounds}))
     assert "_created" not in text
+
+
+@pytest.mark.parametrize("where", ["central", "federated"])
+def test_an_evaluation_that_ends_after_that_of_a_newer_model_is_not_shown(
+    where: Literal["central", "federated"],
+) -> None:
+    metrics = ServerMetrics(Health())
+    for round_, loss in ((1, 3.0), (3, 1.0), (2, 2.0)):
+        accuracy = {"accuracy": loss / 10}
+        metrics.observe(o.Evaluated(round=round_, where=where, loss=loss, metrics=accuracy, clients=1))
+    text = metrics.text().decode()
+    assert value(text, f'fedbus_evaluation_loss{{where="{where}"}}') == 1.0
+    assert value(text, f'fedbus_evaluation_accuracy{{where="{where}"}}') == 0.1
 
 
 async def test_a_client_counts_its_tasks_its_receipts_and_its_bytes() -> None:
