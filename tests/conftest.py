@@ -6,10 +6,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from fedbus.bus.node import PrivateNode, find_rabbitmq
 from fedbus.errors import BrokerMissing
 from tests.vhosts import Vhost, Vhosts, mend
+
+settings.register_profile("fedbus", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # time proves nothing
+settings.load_profile("fedbus")
 
 _MADE_ONCE = ("breakable_node", "cluster", "deployed", "live", "place")
 
