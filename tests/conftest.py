@@ -15,7 +15,7 @@ from tests.vhosts import Vhost, Vhosts, mend
 settings.register_profile("fedbus", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # time proves nothing
 settings.load_profile("fedbus")
 
-_MADE_ONCE = ("breakable_node", "cluster", "deployed", "live", "place")
+_MADE_ONCE = ("breakable_node", "cluster", "deployed", "ground", "live", "place", "site")
 
 
 @pytest.hookimpl(tryfirst=True)
