@@ -548,6 +548,12 @@ def floods_updates_with_garbage(field: Field) -> str:
 
 
 @attack(GUARD, is_flood=True)
+def floods_without_a_user_id(field: Field) -> str:
+    """Nobody need say who it is: then its routing key tells."""
+    return field.flood(UPDATES, [_part(f"t{number}") for number in range(64)], is_anonymous=True)
+
+
+@attack(GUARD, is_flood=True)
 def floods_updates_with_large_garbage(field: Field) -> str:
     return field.flood(UPDATES, [b"x" * (4 << 20)], most=32)
 

@@ -87,7 +87,7 @@ class Field:
         body = message if isinstance(message, bytes) else encode(message)
         self.connection.publish(exchange, self.who, body, **{"user_id": self.user, **properties})
 
-    def flood(self, exchange: str, messages: Sequence[m.Message | bytes], most: int = 1000) -> str:
+    def flood(self, exchange: str, messages: Sequence[m.Message | bytes], most: int = 1000, **how: Any) -> str:
         """Publish these again and again, until the server has shut the attacker out, and the broker takes no more.
 
         For as many seconds as are asked for, over several connections; else `most` messages, more than what is borne.
@@ -97,7 +97,7 @@ class Field:
 
         def run() -> None:
             with suppress(OSError, Refused):
-                flood(self.url, exchange, bodies, stop=stop, most=sys.maxsize if self.seconds else most)
+                flood(self.url, exchange, bodies, stop=stop, most=sys.maxsize if self.seconds else most, **how)
 
         connections = _CONNECTIONS if self.seconds else 1
         threads = [threading.Thread(target=run, daemon=True) for _ in range(connections)]

@@ -132,7 +132,7 @@ def flood(
     most: int = sys.maxsize,
     stop: threading.Event | None = None,
     routing_key: str | None = None,
-    rate: float | None = None,
+    is_anonymous: bool = False,
 ) -> int:
     """Publish these bodies again and again over one connection, as fast as the broker reads; returns how many."""
     user = unquote(urlsplit(url).username or "")
@@ -140,7 +140,7 @@ def flood(
     over_at = time.monotonic() + seconds
     sent = 0
     with RawConnection(url) as connection:
-        for block, count in itertools.cycle(_blocks(exchange, key, bodies, user)):
+        for block, count in itertools.cycle(_blocks(exchange, key, bodies, None if is_anonymous else user)):
             if time.monotonic() > over_at or sent >= most or (stop is not None and stop.is_set()):
                 return sent
             try:
@@ -148,12 +148,10 @@ def flood(
             except TimeoutError:
                 return sent
             sent += count
-            if rate is not None:
-                time.sleep(count / rate)
     raise AssertionError("the cycle never ends")
 
 
-def _blocks(exchange: str, key: str, bodies: Sequence[bytes], user: str) -> list[tuple[bytes, int]]:
+def _blocks(exchange: str, key: str, bodies: Sequence[bytes], user: str | None) -> list[tuple[bytes, int]]:
     """The messages, put together so that one call of the kernel takes many small ones."""
     blocks: list[tuple[bytes, int]] = []
     pieces: list[bytes] = []
