@@ -74,7 +74,7 @@ class Ledger:
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
             if found not in (0, _FORMAT):
                 raise ConfigError(f"{path} was written by another version of fedbus: resume the run with that one")
-        except sqlite3.Error as exc:
+        except (sqlite3.Error, UnicodeDecodeError) as exc:  # the latter from words about damaged names
             raise ConfigError(f"{path} is not the ledger of a run: {exc}") from exc
         self.holds_a_run = found == _FORMAT
 
