@@ -556,7 +556,7 @@ class Engine:
             self._record(member.client_id).lost += 1
         if self._round is None or self._phase is not Phase.OPEN:
             return
-        if self._is_of_cohort(self._round, member):
+        if self._is_of_cohort(self._round, member) and task.state is TaskState.LOST:  # else it has failed already
             self._round.lost[member.client_id] = None
             self._round.working.discard(member.client_id)
         if refill:

@@ -381,7 +381,7 @@ async def test_a_revoked_client_is_out_at_once_and_for_good(place: Place) -> Non
         assert not two.closing.done()
     with pytest.raises(BrokerDenied, match="by this certificate"):
         await connect(bundles["a"].access)
-    again = await asyncio.to_thread(place.provision, "clinics", "a")
+    again = await asyncio.to_thread(place.provision, "clinics", "a", readmit=True)
     assert again["a"].user == "clinics.a~2"
     async with await connect(again["a"].access):
         pass

@@ -585,3 +585,16 @@ class Walk(RuleBasedStateMachine):
 
 TestWalk = pytest.mark.timeout(120)(Walk.TestCase)
 TestWalk.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+
+
+def test_a_client_that_is_lost_while_it_stops_a_task_that_failed_has_failed_once() -> None:
+    walk = Walk()
+    rounds = RoundConfig.buffered(1, num_rounds=1, timeout_s=30.0, fraction_evaluate=0.5, max_staleness=1)
+    walk.begin(has_model=True, seed=1, config=rounds)
+    walk.join(client="a")
+    walk.update_is_invalid(index=0)
+    walk.server_dies_and_another_goes_on(gap_s=0.0, is_durable=False, loses_inboxes=False)
+    walk.beat(client="a", index=0)
+    walk.model_is_ready()
+    walk.to_the_deadline()
+    walk.teardown()
