@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedbus.bus.node import PrivateNode
-from fedbus.server.checkpoint import load_model
+from fedbus.tensorfile import load_model
 from tests.acceptance.conftest import QuickShell, Shell, last_json, poll
 from tests.vhosts import Vhost
 

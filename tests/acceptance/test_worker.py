@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedbus.server.checkpoint import load_model
+from fedbus.tensorfile import load_model
 from tests.acceptance.conftest import Shell, last_json, poll
 from tests.kit import folded_in
 from tests.vhosts import Vhost

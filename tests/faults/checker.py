@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fedbus.server.checkpoint import load_model
+from fedbus.tensorfile import load_model
 from tests.faults.adding_app import Settings, delta_of, digest
 
 Element: TypeAlias = tuple[str, int]

@@ -24,12 +24,12 @@ from fedbus.bus.memory import MemoryBroker
 from fedbus.errors import BrokerClosed, ConfigError, DecodeError, RunFailed
 from fedbus.observe.glance import _parse
 from fedbus.rounds import events as e
-from fedbus.server.checkpoint import load_model, save_model
 from fedbus.server.guard import Guard
 from fedbus.server.history import History
 from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Ledger
+from fedbus.tensorfile import load_model, save_model
 from fedbus.types import Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.arrays import TensorSpec, check_schema, payload_bytes

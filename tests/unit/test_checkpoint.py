@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fedbus.errors import ConfigError
-from fedbus.server.checkpoint import RunFolder, load_model, map_model, save_model, write_whole
+from fedbus.server.checkpoint import RunFolder
+from fedbus.tensorfile import load_model, map_model, save_model, write_whole
 from fedbus.types import Array
 
 DTYPES = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbus.server.checkpoint import save_model
+from fedbus.tensorfile import save_model
 from tests.faults.adding_app import Settings, delta_of, digest, initial_model
 from tests.faults.checker import Element, Verdict, check
 from tests.faults.expected import expected_sha

@@ -21,11 +21,11 @@ from fedbus.client.reader import ModelReader, Place
 from fedbus.errors import BrokerClosed, ConfigError, QueueBusy, QueueMismatch, QueueMissing, RunFailed
 from fedbus.observe import events as o
 from fedbus.observe.logs import sentence
-from fedbus.server.checkpoint import load_model
 from fedbus.server.publisher import ModelPublisher
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.strategies.fedbuff import FedBuff
+from fedbus.tensorfile import load_model
 from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, FitResult, Scalar, Tensors
 from fedbus.wire import messages as m

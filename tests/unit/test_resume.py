@@ -25,12 +25,12 @@ from fedbus.errors import ConfigError, QueueBusy, RunFailed
 from fedbus.observe import events as o
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
-from fedbus.server.checkpoint import save_model
 from fedbus.server.history import RoundRecord
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Fenced, Ledger
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.runtime import Server, _Events
+from fedbus.tensorfile import save_model
 from fedbus.types import Array
 from fedbus.wire import messages as m
 from fedbus.wire.codec import encode
