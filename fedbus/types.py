@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,9 @@ Metrics: TypeAlias = Mapping[str, Scalar]
 Config: TypeAlias = Mapping[str, Scalar]
 """Settings that travel with a task to the client's code."""
 
+EXTRA: Final = "extra/"
+"""Tensors of this prefix travel beside the model's own, in either direction: no model may use it."""
+
 EvaluateFn: TypeAlias = Callable[[int, dict[str, Array]], "tuple[float, Metrics] | None"]
 """Central evaluation: (round, model) -> (loss, metrics); round 0 is the initial model, None skips a round."""
 
@@ -35,11 +38,15 @@ EvaluateFn: TypeAlias = Callable[[int, dict[str, Array]], "tuple[float, Metrics]
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
     """What `Client.fit` returns: the trained tensors (same names, shapes and dtypes as given; a subset is
-    allowed) and the number of examples behind them, which is the weight of the update."""
+    allowed) and the number of examples behind them, which is the weight of the update.
+
+    `extra`: what the strategy asks for beside them (`Strategy.extras`), which travels as it is, not as a difference.
+    """
 
     parameters: Tensors
     num_examples: int
     metrics: Metrics = field(default_factory=dict)
+    extra: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,18 @@ class EvaluateResult:
     loss: float
     num_examples: int
     metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraSpec:
+    """What one tensor beside the delta must be.
+
+    `shape` None: one dimension of any length, of at most `max_bytes`; else `max_bytes` is not looked at.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...] | None = None
+    max_bytes: int = 1 << 20
 
 
 def as_tensors(parameters: Tensors | Sequence[Array]) -> dict[str, Array]:

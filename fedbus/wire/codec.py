@@ -20,7 +20,7 @@ from fedbus.wire import messages
 from fedbus.wire.arrays import Buffer, Schema, TensorSpec, check_schema
 from fedbus.wire.messages import Message
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_HEAD_BYTES: Final = 1 << 20
 MAX_CONTROL_BYTES: Final = 1 << 17
 """A control message, whole: there may be many, and what a small map takes in memory is a hundred times its bytes."""

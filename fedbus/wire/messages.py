@@ -167,7 +167,8 @@ class Model:
 class Welcome:
     """The client is a member of `run_id`, as long as it is heard of within every `lease_s` seconds.
 
-    `session` is that of its join: one for an earlier process of the same name means nothing.
+    `session` is that of its join: one for an earlier process of the same name means nothing. `codec`: what updates and
+    models are coded with in this run, "" for nothing; a client that cannot do it has no business here.
     """
 
     run_id: Text
@@ -175,6 +176,7 @@ class Welcome:
     epoch: Count
     heartbeat_s: float
     lease_s: float
+    codec: Text = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,8 @@ class FitTask:
 
     An update of more than `eager_bytes` payload bytes is announced by an `UploadRequest` first. The same task again
     asks for its answer again. `receipt_task_id`, when it is not empty, names an update that is committed in
-    `receipt_round`, `receipt_staleness` versions late: what a `Receipt` says, without a message of its own.
+    `receipt_round`, `receipt_staleness` versions late: what a `Receipt` says, without a message of its own. The update
+    comes in `codec`, "" for none. `purpose`: "fit", or "query" for an answer about the data in place of training.
     """
 
     task_id: Text
@@ -207,6 +210,8 @@ class FitTask:
     receipt_task_id: Text
     receipt_round: Count
     receipt_staleness: Count
+    codec: Text = ""
+    purpose: Text = "fit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,12 +266,13 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnded:
-    """The run is over: finished, or ended early because of `reason`."""
+    """The run is over: finished, or ended early because of `reason`. With `another` clients wait for the next one."""
 
     run_id: Text
     epoch: Count
     finished: bool
     reason: Text
+    another: bool = False
 
 
 # ---- server to whoever asks ---------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -11,7 +13,7 @@ import xxhash
 
 from fedbus.errors import DecodeError
 from fedbus.types import Array, Piece, Tensors
-from fedbus.wire.arrays import ALIGN, DTYPES, Buffer, Schema, offsets, payload_bytes, schema_of, views
+from fedbus.wire.arrays import ALIGN, DTYPES, Buffer, Schema, TensorSpec, offsets, payload_bytes, schema_of, views
 from fedbus.wire.codec import MAX_PART_BYTES
 from fedbus.wire.messages import Model, Part, Update
 
@@ -181,17 +183,40 @@ class PartedAssembly(_Incoming):
 class PartedTensors(Mapping[str, Array]):
     """Tensors that lie in the parts they came in.
 
-    `pieces` is the cheap way to read them, once: it lets go of each part as soon as it is behind it. As a mapping it
-    gives whole, read-only tensors, put together when they are asked for.
+    `pieces` is the cheap way to read them, once: it lets go of each part as soon as it is behind it; `peek` lets go of
+    none. As a mapping it gives whole, read-only tensors, put together when they are asked for.
     """
 
     def __init__(self, schema: Schema, part_bytes: int) -> None:
-        self._specs = {spec.name: (spec, offset) for spec, offset in offsets(schema)}
-        self._layout = list(self._specs.values())
-        self._starts = [offset for _, offset in self._layout]
         self._part_bytes = part_bytes
-        self.nbytes = payload_bytes(schema)
+        self._payload_bytes = self.nbytes = payload_bytes(schema)
         self._parts: list[memoryview | None] = [None] * part_count(self.nbytes, part_bytes)
+        self._shared = len(self._parts)  # the first part that others need, too
+        self._lay_out(list(offsets(schema)))
+
+    def _lay_out(self, layout: list[tuple[TensorSpec, int]]) -> None:
+        self._layout = layout
+        self._specs = {spec.name: (spec, offset) for spec, offset in layout}
+        self._starts = [offset for _, offset in layout]
+
+    def split(self, prefix: str) -> tuple[PartedTensors, PartedTensors]:
+        """Those whose names do not begin with `prefix`, and behind them those that do, by their names without it.
+
+        The parts are the same ones: `pieces` of the first are to be walked before those of the second.
+        """
+        first = next((i for i, (spec, _) in enumerate(self._layout) if spec.name.startswith(prefix)), len(self._layout))
+        own, others = copy.copy(self), copy.copy(self)
+        own._lay_out(self._layout[:first])
+        behind = self._layout[first:]
+        assert all(spec.name.startswith(prefix) for spec, _ in behind), "those with the prefix come last"
+        others._lay_out(
+            [(dataclasses.replace(spec, name=spec.name.removeprefix(prefix)), offset) for spec, offset in behind]
+        )
+        if behind:
+            own._shared = behind[0][1] // self._part_bytes
+        for view in (own, others):
+            view.nbytes = sum(spec.nbytes for spec, _ in view._layout)
+        return own, others
 
     def __repr__(self) -> str:
         return f"<PartedTensors {len(self._layout)} tensors, {self.nbytes} bytes>"
@@ -219,9 +244,23 @@ class PartedTensors(Mapping[str, Array]):
 
     def pieces(self) -> Iterator[Piece]:
         """Every element once: tensors in their order, each in one run or several; parts behind us are let go."""
-        for index in range(len(self._parts)):
+        for index in self._part_range():
             yield from self._pieces_of(index)
-            self._parts[index] = None
+            if index < self._shared:
+                self._parts[index] = None
+
+    def peek(self) -> Iterator[Piece]:
+        """The same, and all of it stays."""
+        for index in self._part_range():
+            yield from self._pieces_of(index)
+
+    def _part_range(self) -> range:
+        """The parts in which our tensors lie."""
+        if not self._layout:
+            return range(0)
+        spec, offset = self._layout[-1]
+        last = min(max(offset, offset + spec.nbytes - 1) // self._part_bytes, len(self._parts) - 1)
+        return range(min(self._starts[0] // self._part_bytes, last), last + 1)
 
     def _bytes_of(self, index: int, begin: int, end: int) -> memoryview:
         part = self._parts[index]
@@ -232,7 +271,7 @@ class PartedTensors(Mapping[str, Array]):
 
     def _pieces_of(self, index: int) -> Iterator[Piece]:
         begin = index * self._part_bytes
-        end = min(begin + self._part_bytes, self.nbytes)
+        end = min(begin + self._part_bytes, self._payload_bytes)
         is_last = index == len(self._parts) - 1
         for i in range(max(0, bisect.bisect_left(self._starts, begin) - 1), len(self._layout)):
             spec, offset = self._layout[i]

@@ -16,7 +16,7 @@ from pamqp import commands, frame
 from fedbus.bus.topology import BROADCAST, CONTROL, DEAD, JOBS, MODEL, TASKS, UPDATES, inbox
 from fedbus.wire import messages as m
 from fedbus.wire.arrays import TensorSpec
-from fedbus.wire.codec import MAX_CONTROL_BYTES, MAX_HEAD_BYTES, MAX_PART_BYTES, encode
+from fedbus.wire.codec import MAX_CONTROL_BYTES, MAX_HEAD_BYTES, MAX_PART_BYTES, PROTOCOL, encode
 from tests.hostile.field import Field, honest_delta
 from tests.hostile.raw import RawConnection, Refused
 
@@ -335,7 +335,14 @@ def sends_without_a_user_id(field: Field) -> str:
 def framed(head: bytes, payload: bytes = b"", declared: int | None = None) -> bytes:
     """A message of ours around any head."""
     size = len(head) if declared is None else declared
-    return b"\x93\x01\xc6" + size.to_bytes(4, "big") + head + b"\xc6" + len(payload).to_bytes(4, "big") + payload
+    return (
+        bytes((0x93, PROTOCOL, 0xC6))
+        + size.to_bytes(4, "big")
+        + head
+        + b"\xc6"
+        + len(payload).to_bytes(4, "big")
+        + payload
+    )
 
 
 def bombs() -> Iterator[bytes]:
@@ -352,7 +359,7 @@ def bombs() -> Iterator[bytes]:
     yield framed(b"\xd6\xff\x00\x00\x00\x00")  # a timestamp
     yield framed(b"x", declared=0xFFFFFFFF)
     yield framed(b"\x92\xa4Join\x80", b"payload where none belongs")
-    yield b"\x93\x02\xc4\x00\xc4\x00"  # another protocol
+    yield bytes((0x93, PROTOCOL + 1)) + b"\xc4\x00\xc4\x00"  # another protocol
     yield b""
 
 

@@ -410,7 +410,7 @@ async def test_garbage_on_the_queues_is_set_aside_and_the_run_goes_on() -> None:
         story.start_client("c1")
         await story.until(o.TaskStarted)
         bus = story.broker.connect("c1")
-        for body in (b"", b"\x93\x01\xc6\xff\xff\xff\xff", encode(m.Join(client_id="../x", session="s"))):
+        for body in (b"", b"\x93\x02\xc6\xff\xff\xff\xff", encode(m.Join(client_id="../x", session="s"))):
             await bus.publish(CONTROL, "", body)
             await bus.publish(UPDATES, "", body)
             await bus.publish("fedbus.tasks", "c1", body)

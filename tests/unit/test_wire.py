@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedbus.errors import ConfigError, DecodeError
-from fedbus.types import Array
+from fedbus.types import Array, Piece
 from fedbus.wire import messages as m
 from fedbus.wire.arrays import (
     ALIGN,
@@ -280,14 +281,14 @@ def test_heads_out_of_bounds_are_refused(head: object) -> None:
 
 
 def test_declared_sizes_are_checked_before_anything_is_read() -> None:
-    huge = b"\x93\x01" + struct.pack(">BI", 0xC6, 0xFFFFFFFF)
+    huge = b"\x93" + bytes([PROTOCOL]) + struct.pack(">BI", 0xC6, 0xFFFFFFFF)
     with pytest.raises(DecodeError, match=str(MAX_HEAD_BYTES)):
         decode(huge)
 
 
 def test_a_deeply_nested_head_is_refused() -> None:
     nested = b"\x91" * 100_000 + b"\xc0"
-    body = b"\x93\x01" + struct.pack(">BI", 0xC6, len(nested)) + nested + b"\xc4\x00"
+    body = b"\x93" + bytes([PROTOCOL]) + struct.pack(">BI", 0xC6, len(nested)) + nested + b"\xc4\x00"
     with pytest.raises(DecodeError):
         decode(body)
 
@@ -353,13 +354,38 @@ def test_parts_that_are_never_put_together_give_each_element_once(
     parted = assembly.tensors()
     assert list(parted) == list(tensors)
     assert all(same_bits(parted[name], tensors[name]) for name in tensors)
-    runs: dict[str, list[Array]] = {name: [] for name in tensors}
-    for name, start, run in parted.pieces():
-        assert start == sum(earlier.size for earlier in runs[name])
+    assert_gives_each_element_once(parted.peek(), tensors)
+    assert_gives_each_element_once(parted.pieces(), tensors)
+
+
+def assert_gives_each_element_once(pieces: Iterable[Piece], tensors: dict[str, Array]) -> None:
+    runs: dict[str, list[Array]] = {}
+    for name, start, run in pieces:
+        assert start == sum(earlier.size for earlier in runs.setdefault(name, []))
         runs[name].append(run)
+    assert list(runs) == list(tensors)
     for name, value in tensors.items():
         assert all(run.dtype == value.dtype for run in runs[name])
         assert b"".join(run.tobytes() for run in runs[name]) == value.tobytes()
+
+
+@given(st.lists(arrays(), max_size=4), st.lists(arrays(), max_size=4), st.sampled_from([ALIGN, 2 * ALIGN, 1 << 20]))
+def test_parted_tensors_are_split_by_name_and_keep_what_the_others_need(
+    values: list[Array], further: list[Array], part_bytes: int
+) -> None:
+    own = {str(index): value for index, value in enumerate(values)}
+    others = {str(index): value for index, value in enumerate(further)}
+    outgoing = Outgoing(own | {f"extra/{name}": value for name, value in others.items()}, part_bytes)
+    assembly = PartedAssembly(outgoing.schema, part_bytes)
+    for part in parts_of(outgoing):
+        assembly.take(part)
+    parted = assembly.tensors()
+    first, second = parted.split("extra/")
+    assert_gives_each_element_once(second.peek(), others)
+    assert_gives_each_element_once(first.pieces(), own)
+    assert all(same_bits(second[name], others[name]) for name in others)
+    assert_gives_each_element_once(second.pieces(), others)
+    assert not outgoing.nbytes or all(part is None for part in parted._parts), "memory that nobody frees"
 
 
 def test_what_was_read_piece_by_piece_is_gone() -> None:
