@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import importlib.util
 import inspect
@@ -72,6 +73,8 @@ class App:
         message_queues: the kind of queue that everything else waits in, one for each client and two more: "classic"
             is quick, for any number of clients, and out of use while its node is down; "quorum" is for clusters, up to
             some thousand clients, and goes on without one of three nodes. It is settled when the queues are made.
+        personal: names of tensors (or patterns, "head.*") that each client keeps to itself: they begin as in the
+            initial model, are trained and evaluated in place of the shared ones, and never leave the client again.
         seed: of the cohorts; also sent to clients as "seed" in the fit config unless that is set there.
 
     Raises:
@@ -87,6 +90,7 @@ class App:
     evaluate_config: ConfigFn = field(default_factory=dict)
     update_queue: Literal["quorum", "classic"] = "quorum"
     message_queues: Literal["classic", "quorum"] = "classic"
+    personal: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +101,8 @@ class App:
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy must be a fedbus Strategy such as FedAvg(), not {self.strategy!r}")
         self.strategy.check(self.rounds)
+        if isinstance(self.personal, str) or not all(isinstance(pattern, str) for pattern in self.personal):
+            raise ConfigError(f"personal must be a list of tensor names or patterns, not {self.personal!r}")
         for setting in ("update_queue", "message_queues"):
             if getattr(self, setting) not in ("quorum", "classic"):
                 raise ConfigError(f"{setting} must be 'quorum' or 'classic', not {getattr(self, setting)!r}")
@@ -111,17 +117,23 @@ class App:
                 raise ConfigError(f"evaluate_fn must be a function, not {self.evaluate_fn!r}")
             _check_takes(self.evaluate_fn, "evaluate_fn", "(round, model)", 2)
 
+    def is_personal(self, name: str) -> bool:
+        """Whether a tensor of that name stays with its client."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.personal)
+
     def initial_model(self) -> dict[str, Array] | None:
         """The model to begin with; None when a client is to be asked for it."""
         parameters = self.initial_parameters() if callable(self.initial_parameters) else self.initial_parameters
         return None if parameters is None else as_tensors(parameters)
 
-    def fit_config_of(self, round: int, repeat: int = 0) -> Config:
+    def fit_config_of(self, round: int, repeat: int = 0, *, of_strategy: Config | None = None) -> Config:
         """The settings that go with a fit task of `round`: "seed", "round" and "repeat" are always among them.
 
         `repeat`: how many tasks the same client was given in that round before; asynchronous rounds do that.
+        `of_strategy`: what the strategy says, where the app's own settings do not say otherwise.
         """
-        return {"seed": self.seed, "round": round, "repeat": repeat, **_config("fit_config", self.fit_config, round)}
+        ours: Config = {"seed": self.seed, "round": round, "repeat": repeat}
+        return {**ours, **(of_strategy or {}), **_config("fit_config", self.fit_config, round)}
 
     def evaluate_config_of(self, round: int) -> Config:
         """The settings that go with the evaluate tasks of `round`."""

@@ -19,6 +19,7 @@
     ├── PeerError             the other side of the wire
     │   ├── DecodeError         bytes that are not one of our messages
     │   └── UpdateRefused       an update that must not be folded
+    ├── AggregateRefused      updates of which no model can be made
     ├── ClientCodeError       the user's fit, evaluate or evaluate_fn
     └── RunFailed             a run that ended without doing its work
 
@@ -100,6 +101,10 @@ class DecodeError(PeerError):
 
 class UpdateRefused(PeerError):
     """An update that must not be folded; the message is the reason given to its sender."""
+
+
+class AggregateRefused(FedbusError):
+    """No next model can be made of a round's updates: the model stays, and the run goes on."""
 
 
 class ClientCodeError(FedbusError):

@@ -18,6 +18,7 @@ from fedbus.rounds.commands import (
 
 __all__ = [
     "AggregateDiscarded",
+    "AggregationProgressed",
     "Announcement",
     "BrokerBlocked",
     "BrokerLost",
@@ -188,6 +189,14 @@ class UpdateRepeated:
 
     client_id: str
     task_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationProgressed:
+    """A `finish` that takes long has done this share, 0 to 1, of its work."""
+
+    round: int
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)

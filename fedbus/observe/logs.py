@@ -220,6 +220,8 @@ def _sentence(event: object) -> str:
             return f"round {event.round}: evaluate_fn failed: {event.reason}"
         case e.ModelPublished():
             return f"model {event.version} published: {event.payload_bytes} bytes, {_plural(event.parts, 'part')}"
+        case e.AggregationProgressed():
+            return f"round {event.round}: {event.share:.0%} aggregated"
         case e.AggregateDiscarded():
             return f"round {event.round}: its aggregate is discarded, the model stays: {event.reason}"
         case e.MessageRejected():

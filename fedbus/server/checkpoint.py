@@ -41,7 +41,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
         self._lock: IO[str] | None = None
-        self._pages: np.memmap[Any, Any] | None = None
+        self._pages: list[np.memmap[Any, Any]] = []  # of the version at hand
         if not resume and any((path / name).exists() for name in ("history.json", "ledger.sqlite")):
             raise ConfigError(
                 f"the run folder {path} holds a run already: name another one, or go on with that one "
@@ -81,10 +81,15 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def save_checkpoint(self, model: Tensors, *, run_id: str, version: int) -> None:
-        """Write version `version`, durably; the one before stays until `settle_checkpoint`."""
+    def save_checkpoint(self, model: Tensors, *, run_id: str, version: int, memory: Tensors | None = None) -> None:
+        """Write version `version`, durably, and what the strategy remembers with it; the one before stays until
+        `settle_checkpoint`.
+        """
         (self.path / "checkpoints").mkdir(exist_ok=True)
-        save_model(self._checkpoint(version), model, {"run_id": run_id, "version": str(version)})
+        metadata = {"run_id": run_id, "version": str(version)}
+        if memory:
+            save_model(self._memory(version), memory, metadata)
+        save_model(self._checkpoint(version), model, metadata)
 
     def settle_checkpoint(self, version: int, *, keep: Collection[int] = ()) -> None:
         """The ledger names `version` now: make it model.safetensors, too, and delete the others but for `keep`."""
@@ -92,7 +97,7 @@ class RunFolder:
         os.link(self._checkpoint(version), link)
         link.replace(self.path / "model.safetensors")
         link.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
-        kept = {self._checkpoint(each) for each in (*keep, version)}
+        kept = {self._checkpoint(each) for each in (*keep, version)} | {self._memory(version)}
         for other in (self.path / "checkpoints").iterdir():
             if other not in kept:
                 other.unlink(missing_ok=True)
@@ -102,15 +107,24 @@ class RunFolder:
 
         Raises `ConfigError` when they are not there, or are of another run.
         """
-        tensors, self._pages = self._map(version, run_id)
+        tensors, pages = self._map(self._checkpoint(version), version, run_id)
+        self._pages = [pages]
+        return tensors
+
+    def load_memory(self, version: int, *, run_id: str) -> dict[str, Array]:
+        """What the strategy remembered with version `version`, as `load_checkpoint` gives the model."""
+        if not self._memory(version).exists():
+            return {}
+        tensors, pages = self._map(self._memory(version), version, run_id)
+        self._pages.append(pages)
         return tensors
 
     def earlier_checkpoint(self, version: int, *, run_id: str) -> dict[str, Array] | None:
         """The tensors of a version that an update is based on, in pages of the file; None when it is not kept."""
-        return self._map(version, run_id).tensors if self._checkpoint(version).exists() else None
-
-    def _map(self, version: int, run_id: str) -> _Checkpoint:
         path = self._checkpoint(version)
+        return self._map(path, version, run_id).tensors if path.exists() else None
+
+    def _map(self, path: Path, version: int, run_id: str) -> _Checkpoint:
         tensors, metadata, pages = map_model(path)
         if (metadata.get("run_id"), metadata.get("version")) != (run_id, str(version)):
             raise ConfigError(f"{path} is not version {version} of run {run_id}: the run cannot be resumed")
@@ -118,12 +132,15 @@ class RunFolder:
 
     def release_pages(self) -> None:
         """Give the memory back that reading the loaded checkpoint took; what is read again comes from the file."""
-        if self._pages is not None and hasattr(mmap, "MADV_DONTNEED"):
-            pages: mmap.mmap = self._pages._mmap  # type: ignore[attr-defined]  # numpy has no other way to it
+        for mapped in self._pages if hasattr(mmap, "MADV_DONTNEED") else ():
+            pages: mmap.mmap = mapped._mmap  # type: ignore[attr-defined]  # numpy has no other way to it
             pages.madvise(mmap.MADV_DONTNEED)
 
     def _checkpoint(self, version: int) -> Path:
         return self.path / "checkpoints" / f"model-{version}.safetensors"
+
+    def _memory(self, version: int) -> Path:
+        return self.path / "checkpoints" / f"memory-{version}.safetensors"
 
     def save_history(self, history: History, records: Iterable[str]) -> None:
         """Write history.json; `records` are the texts of its rounds, of which `history` may know the last ones only."""

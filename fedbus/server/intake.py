@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.topology import UPDATES
@@ -25,7 +25,7 @@ from fedbus.server.staging import (
     check_initial,
     metrics_bytes,
 )
-from fedbus.types import Tensors
+from fedbus.types import ExtraSpec, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode
 
@@ -45,6 +45,7 @@ class UpdateIntake:
         guard: meters who sends what nobody waits for, and tells of what is rejected.
         run_id: updates of other runs are refused.
         put: takes the events for the engine.
+        verify: raises `UpdateRefused` for a whole update that the strategy cannot use.
         grant: called with (client_id, task_id) when that upload may begin.
         stalled_after_s: seconds of silence after which an upload is asked for again, or given up if its sender is gone.
     """
@@ -58,6 +59,7 @@ class UpdateIntake:
         *,
         run_id: str,
         put: Callable[[e.Event], None],
+        verify: Callable[[StagedUpdate], Awaitable[None]],
         grant: Callable[[str, str], None],
         stalled_after_s: float,
     ) -> None:
@@ -66,6 +68,7 @@ class UpdateIntake:
         self._identity = identity
         self._run_id = run_id
         self._put = put
+        self._verify = verify
         self._guard = guard
         self._drops = Drops(consumer, has_older=lambda: not self._staging.is_empty)
         self._staging = Staging()
@@ -86,9 +89,9 @@ class UpdateIntake:
         """Payload bytes of updates in memory that are not folded."""
         return self._staging.held_bytes
 
-    def expect(self, model: Tensors) -> None:
-        """From now on updates are deltas of `model`; before, they are initial models."""
-        self._check = UpdateCheck(model)
+    def expect(self, model: Tensors, extras: Mapping[str, ExtraSpec]) -> None:
+        """From now on updates are deltas of `model` with `extras` beside them; before, they are initial models."""
+        self._check = UpdateCheck(model, extras)
 
     def get(self, token: int) -> StagedUpdate:
         """The update behind an event's `delivery`."""
@@ -193,19 +196,31 @@ class UpdateIntake:
             await self._reject(delivery, exc)
         else:
             if token is not None:
-                update = self._staging.get(token)
-                self._put(
-                    e.UpdateReceived(
-                        client_id=update.client_id,
-                        task_id=update.task_id,
-                        delivery=token,
-                        nbytes=update.nbytes,
-                        utility=_utility(update),
-                    )
-                )
-                self.slots.release(update.task_id)
+                await self._take(token, delivery)
             elif (head := self._staging.head_of(message.transfer)) is not None:
                 self.slots.touch(head.task_id)
+
+    async def _take(self, token: int, delivery: Delivery) -> None:
+        """Hand a whole update to the engine."""
+        update = self._staging.get(token)
+        try:
+            if self._check is not None:
+                await self._verify(update)
+        except UpdateRefused as exc:
+            update.drop()
+            self._guard.wasted(delivery, REFUSED_UPDATE)
+            self._report_invalid(token, str(exc))
+            return
+        self._put(
+            e.UpdateReceived(
+                client_id=update.client_id,
+                task_id=update.task_id,
+                delivery=token,
+                nbytes=update.nbytes,
+                utility=_utility(update),
+            )
+        )
+        self.slots.release(update.task_id)
 
     def _check_head(self, update: m.Update) -> None:
         """Before any memory is taken for it."""

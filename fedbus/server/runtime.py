@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -41,6 +42,7 @@ from fedbus.bus.base import Bus, Consumer, Delivery, hold_patiently
 from fedbus.bus.topology import CONTROL, SERVER_LOCK, TASKS, UPDATES, client_inbox, inbox, ingress
 from fedbus.clock import now
 from fedbus.errors import (
+    AggregateRefused,
     BrokerDenied,
     BrokerUnreachable,
     ClientCodeError,
@@ -73,14 +75,21 @@ from fedbus.server.ledger import Fenced, LastCommit, Ledger
 from fedbus.server.presence import Presence
 from fedbus.server.publisher import ModelPublisher
 from fedbus.server.slots import eager_share
-from fedbus.server.staging import MAX_EXAMPLES, MAX_METRICS_BYTES, StagedUpdate, check_finite, metrics_bytes
+from fedbus.server.staging import (
+    MAX_EXAMPLES,
+    MAX_METRICS_BYTES,
+    StagedUpdate,
+    check_finite,
+    check_names,
+    metrics_bytes,
+)
 from fedbus.server.status import as_json, describe
 from fedbus.server.virtual import VirtualClients
-from fedbus.strategies.base import ClientUpdate, Strategy
+from fedbus.strategies.base import ClientUpdate, RoundInfo, Strategy
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import check_evaluate_result
 from fedbus.training.thread import Caller, UserThread
-from fedbus.types import Array, EvaluateResult, Tensors
+from fedbus.types import EXTRA, Array, Config, EvaluateResult, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import MAX_CONTROL_BYTES, decode, encode
 
@@ -106,6 +115,7 @@ _ROUNDS_IN_MEMORY = 32
 _SMALL_BYTES = 4 << 20
 """Models up to here are folded and checked on the event loop, in a few milliseconds."""
 _NOTES_EVERY_S = 0.2
+_PROGRESS_EVERY_S = 0.5
 _STATUS_S = 10.0
 """How long an answer to `fedbus status` is of use."""
 _STATUS_SHARE = 0.05
@@ -170,6 +180,7 @@ class Server:
         caller: runs the app's own code; None: a thread does.
         settings: what the history shows beside the app's own settings, or in their place.
         virtual_clients: how many clients the server enrols itself, for workers to play (see `fedbus.server.virtual`).
+        keeps_clients: at the end of the run tell clients to wait for the next one, in place of sending them home.
     """
 
     def __init__(
@@ -186,15 +197,27 @@ class Server:
         caller: Caller | None = None,
         settings: Mapping[str, Any] | None = None,
         virtual_clients: int = 0,
+        keeps_clients: bool = False,
     ) -> None:
+        if virtual_clients and app.strategy.needs_client_memory:
+            raise ConfigError(
+                f"{type(app.strategy).__name__} needs clients that remember: virtual ones on workers do not, so start "
+                "clients of their own (fedbus client, fedbus run)"
+            )
         self._app = app
         self._bus = bus
         self._observers = tuple(observers)
         self._folder = None if run_dir is None else RunFolder(run_dir, resume=resume)
+        self._strategy = copy.copy(app.strategy)  # what it remembers is this run's
+        self._strategy.attach(
+            memory={}, folder=None if self._folder is None else self._folder.path, tell=self._aggregation_progressed
+        )
+        self._progress_due_at = -math.inf
         self._bases = Bases(self._folder)
         self._ledger = Ledger(None)
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
+        self._keeps_clients = keeps_clients
         self._look_every_s = look_every_s
         self._stalled_after_s = stalled_after_s
         self._settings = _settings(app) | dict(settings or {})
@@ -224,6 +247,7 @@ class Server:
         self._echo_due = asyncio.Event()
         self._members_changed = asyncio.Event()
         self._started_at = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._model: dict[str, Array] | None = None
         self._model_bytes = 0
         self._version = 0
@@ -376,6 +400,7 @@ class Server:
         return "none came"
 
     async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
         if self._folder is not None:
             self._folder.hold()
         async with contextlib.AsyncExitStack() as stack:
@@ -395,6 +420,7 @@ class Server:
                 self._guard,
                 run_id=self._run_id,
                 put=self._events.put,
+                verify=self._verify,
                 grant=self._grant,
                 stalled_after_s=self._stalled_after_s,
             )
@@ -465,6 +491,7 @@ class Server:
         assert self._folder is not None
         self._version = self._durable_version = self._last_commit.version
         self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
+        self._strategy.attach(memory=self._folder.load_memory(self._version, run_id=self._run_id))
 
     def _tell_start(self) -> None:
         rounds = self._app.rounds
@@ -505,7 +532,7 @@ class Server:
 
     def _may_fold(self, task: RestoredTask) -> bool:
         """An update without its base could not be folded: its task must not be waited for."""
-        needs_base = self._app.strategy.needs_base and task.state == "working"
+        needs_base = self._strategy.needs_base and task.state == "working"
         return not needs_base or self._bases.get(task.version, run_id=self._run_id) is not None
 
     def _evaluation_is_due(self) -> bool:
@@ -555,7 +582,13 @@ class Server:
             model = await self._user_thread.call("initial_parameters", self._app.initial_model)
         except Exception as exc:  # the user's own code
             raise ConfigError(f"initial_parameters raised {_describe(exc)}") from exc
-        return None if model is None else _frozen({name: value.copy() for name, value in model.items()})
+        if model is None:
+            return None
+        try:
+            check_names(model)
+        except UpdateRefused as exc:
+            raise ConfigError(str(exc)) from None
+        return _frozen({name: value.copy() for name, value in model.items()})
 
     def _tell(self, event: object) -> None:
         for observe in self._observers:
@@ -859,11 +892,16 @@ class Server:
             offset=self._offsets[command.version],
             timeout_s=command.timeout_s,
             eager_bytes=eager_share(self._num_real_clients()),
-            config=self._app.fit_config_of(command.round, command.repeat),
+            config=self._app.fit_config_of(command.round, command.repeat, of_strategy=self._config_of(command.round)),
             receipt_task_id=receipt.task_id if receipt else "",
             receipt_round=receipt.round if receipt else 0,
             receipt_staleness=receipt.staleness if receipt else 0,
+            purpose=self._strategy.asks,
         )
+
+    def _config_of(self, round: int) -> Config:
+        config: Config = _call_strategy(self._strategy.fit_config, round)
+        return config
 
     def _num_real_clients(self) -> int:
         return self._engine.num_members - len(self._virtual) if self._engine else 1
@@ -1015,10 +1053,21 @@ class Server:
 
     async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call into the strategy, in a thread where it may take long: a thread costs more than a small model's sums."""
-        is_ours = type(self._app.strategy).__module__.startswith("fedbus.")
+        is_ours = type(self._strategy).__module__.startswith("fedbus.")
         if is_ours and self._model_bytes <= _SMALL_BYTES:
             return _call_strategy(function, *args)
         return await asyncio.to_thread(_call_strategy, function, *args)
+
+    def _overrides(self, method: str) -> bool:
+        """Whether the strategy does more there than nothing."""
+        return getattr(type(self._strategy), method) is not getattr(Strategy, method)
+
+    def _aggregation_progressed(self, done: int, total: int) -> None:
+        """From any thread, as often as it likes."""
+        if time.monotonic() >= self._progress_due_at and self._loop is not None:
+            self._progress_due_at = time.monotonic() + _PROGRESS_EVERY_S
+            event = o.AggregationProgressed(round=self._strategy.round.number, share=done / max(1, total))
+            self._loop.call_soon_threadsafe(self._tell, event)
 
     # ---- the aggregator ------------------------------------------------------------------------------------------
 
@@ -1027,7 +1076,7 @@ class Server:
             job = await self._jobs.get()
             match job:
                 case c.RoundOpened():
-                    await self._begin_round()
+                    await self._begin_round(job.round)
                 case _FoldJob():
                     await self._fold(job)
                 case _AdoptJob():
@@ -1036,27 +1085,36 @@ class Server:
                     await self._commit(job)
             self._jobs.task_done()
 
-    async def _begin_round(self) -> None:
+    async def _begin_round(self, number: int) -> None:
         """Make the sums ready while the clients are at work; those of a round that had no update serve again."""
         assert self._model is not None
+        assert self._engine is not None
+        self._strategy.attach(
+            round=RoundInfo(number=number, version=self._version, num_clients=max(1, self._engine.num_members))
+        )
         if self._fold_state is None:
-            self._fold_state = await self._aside(self._app.strategy.init, self._model)
+            self._fold_state = await self._aside(self._strategy.init, self._model)
             self._release_pages()
 
+    async def _verify(self, staged: StagedUpdate) -> None:
+        """Raise `UpdateRefused` for what the strategy cannot use."""
+        if self._overrides("verify"):
+            await self._aside(self._strategy.verify, _client_update(staged))
+
     async def _fold(self, job: _FoldJob) -> None:
-        strategy, staged, command = self._app.strategy, job.update, job.command
-        assert staged.tensors is not None
-        update = ClientUpdate(
-            client_id=staged.client_id,
-            delta=staged.tensors,
-            num_examples=staged.num_examples,
+        staged, command = job.update, job.command
+        update = dataclasses.replace(
+            _client_update(staged),
             staleness=command.staleness,
             discount=command.discount,
-            metrics=staged.metrics,
             base=self._base(command),
         )
-        await self._aside(strategy.fold, self._fold_state, update)
-        staged.tensors = None
+        try:
+            await self._aside(self._strategy.fold, self._fold_state, update)
+        except (AggregateRefused, UpdateRefused) as exc:
+            name = type(self._strategy).__name__
+            raise RunFailed(f"{name}.fold raised {_describe(exc)}: refuse updates in verify") from exc
+        staged.drop()
         assert self._intake is not None
         self._intake.slots.pump()
         folded = FoldedUpdate(
@@ -1079,7 +1137,7 @@ class Server:
         )
 
     def _base(self, command: c.Fold) -> Tensors | None:
-        if not self._app.strategy.needs_base:
+        if not self._strategy.needs_base:
             return None
         if command.staleness == 0:
             return self._model
@@ -1090,21 +1148,21 @@ class Server:
 
     def _keep_base(self) -> None:
         """The current version is one that updates will be based on."""
-        if self._app.strategy.needs_base and self._model is not None:
+        if self._strategy.needs_base and self._model is not None:
             self._bases.add(self._version, self._model, in_use=self._bases_in_use())
 
     async def _adopt(self, update: StagedUpdate) -> None:
         """Begin with the model that a client gave."""
         assert update.tensors is not None
         self._model = _frozen({name: value.copy() for name, value in update.tensors.items()})
-        update.tensors = None
+        update.drop()
         await self._begin_with(self._model)
 
     async def _begin_with(self, model: Tensors) -> None:
         """Publish version 0."""
         assert self._intake is not None
         self._model_bytes = sum(value.nbytes for value in model.values())
-        self._intake.expect(model)
+        self._expect(model)
         self._keep_base()
         del model
         publishing = await self._publish(self._make_initial_durable())
@@ -1112,6 +1170,13 @@ class Server:
         await publishing
         self._let_go_of_memory()
         await self._evaluate_centrally(0)
+
+    def _expect(self, model: Tensors) -> None:
+        """From now on updates are deltas of `model`."""
+        assert self._intake is not None
+        # Where sizes change there is nothing to subtract from: what clients have to say comes beside the delta.
+        deltas = {} if self._strategy.may_resize else model
+        self._intake.expect(deltas, _call_strategy(self._strategy.extras, model))
 
     async def _make_initial_durable(self) -> None:
         await asyncio.to_thread(self._persist_model, lambda: self._ledger.commit_model(self._version))
@@ -1122,7 +1187,9 @@ class Server:
         with _disk():
             if self._folder is not None:
                 assert self._model is not None
-                self._folder.save_checkpoint(self._model, run_id=self._run_id, version=self._version)
+                self._folder.save_checkpoint(
+                    self._model, run_id=self._run_id, version=self._version, memory=self._strategy.memory
+                )
             commit()
         self._durable_version = self._version
 
@@ -1130,7 +1197,7 @@ class Server:
         """Go on from the last commit. What the broker gives again is folded as it comes; then tasks are repeated."""
         assert self._model is not None
         self._model_bytes = sum(value.nbytes for value in self._model.values())
-        intake.expect(self._model)
+        self._expect(self._model)
         self._keep_base()
         await self._tidy()
         publishing = await self._publish(asyncio.sleep(0))
@@ -1150,12 +1217,7 @@ class Server:
     async def _commit(self, command: c.Commit) -> None:
         assert self._model is not None
         if command.folded:
-            state, self._fold_state = self._fold_state, None
-            model = await self._aside(self._app.strategy.finish, state, self._model)
-            del state
-            _check_same_kind(self._app.strategy, self._model, model)
-            await self._keep_if_finite(command, model)
-            del model
+            await self._finish(command)
         folded, self._folded = self._folded, []
         record = self._record(command, [update for _, update in folded])
         if command.folded and self._version == command.version:
@@ -1189,6 +1251,29 @@ class Server:
         if time.monotonic() - self._tidied_at > _TIDY_EVERY_S:
             await self._tidy(with_history=time.monotonic() > self._history_due_at)
 
+    async def _finish(self, command: c.Commit) -> None:
+        """Make the next version of what was folded; where none can be made, all is as before, and the round empty."""
+        assert self._model is not None
+        remembered = dict(self._strategy.memory)
+        state, self._fold_state = self._fold_state, None
+        try:
+            model = await self._aside(self._strategy.finish, state, self._model)
+            del state
+            _check_same_kind(self._strategy, self._model, model)
+            await self._check_finite(model)
+            await self._check_finite(self._strategy.memory)
+        except (AggregateRefused, UpdateRefused) as exc:
+            self._strategy.attach(memory=remembered)
+            self._discard(command, str(exc))
+            return
+        self._model = _frozen(model)
+        _frozen(self._strategy.memory)
+        self._version += 1
+        self._keep_base()
+        if self._strategy.may_resize:
+            self._model_bytes = sum(value.nbytes for value in model.values())
+            self._expect(model)
+
     async def _make_durable(self, record: RoundRecord, folded: list[tuple[str, FoldedUpdate]]) -> None:
         """Checkpoint, then ledger: from then on the round is committed."""
         record.seconds = round(self._seconds() - record.opened_s, 6)
@@ -1214,23 +1299,19 @@ class Server:
         known = self._history.clients
         return [(name, known[name].to_json()) for name in names if name in known]
 
-    async def _keep_if_finite(self, command: c.Commit, model: dict[str, Array]) -> None:
-        """Finite updates can add up to more than the dtype holds: then the model stays, and the round is empty."""
-        try:
-            if self._model_bytes <= _SMALL_BYTES:
-                check_finite(model)
-            else:
-                await asyncio.to_thread(check_finite, model)
-        except UpdateRefused as exc:
-            self._tell(o.AggregateDiscarded(round=command.round, reason=str(exc)))
-            for task_id, update in self._folded:
-                self._ledger.note_failed(task_id, update.client_id, "its round was discarded")
-            self._folded = []
-            self._last_failure = f"the aggregate of round {command.round}: {exc}"
-            return
-        self._model = _frozen(model)
-        self._version += 1
-        self._keep_base()
+    async def _check_finite(self, tensors: dict[str, Array]) -> None:
+        """Finite updates can add up to more than the dtype holds."""
+        if self._model_bytes <= _SMALL_BYTES:
+            check_finite(tensors)
+        else:
+            await asyncio.to_thread(check_finite, tensors)
+
+    def _discard(self, command: c.Commit, reason: str) -> None:
+        self._tell(o.AggregateDiscarded(round=command.round, reason=reason))
+        for task_id, update in self._folded:
+            self._ledger.note_failed(task_id, update.client_id, "its round was discarded")
+        self._folded = []
+        self._last_failure = f"the aggregate of round {command.round}: {reason}"
 
     async def _publish(self, durable: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Publish the model while it is made durable; returns when both clients may begin to read and it is durable.
@@ -1266,7 +1347,11 @@ class Server:
     async def _publish_parts(self, head: asyncio.Future[int]) -> None:
         assert self._model is not None
         started_at = now()
-        parts, payload_bytes = await self._publisher.publish(self._model, self._version, head)
+        tensors = self._model
+        if self._overrides("broadcast"):
+            beside = await self._aside(self._strategy.broadcast, self._model)
+            tensors = tensors | {EXTRA + name: value for name, value in beside.items()}
+        parts, payload_bytes = await self._publisher.publish(tensors, self._version, head)
         self._tell(
             o.ModelPublished(
                 version=self._version,
@@ -1280,6 +1365,7 @@ class Server:
         """Read the model from its checkpoint from now on: it is needed again only when the round closes."""
         if self._folder is not None and self._model_bytes > _SMALL_BYTES:
             self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
+            self._strategy.attach(memory=self._folder.load_memory(self._version, run_id=self._run_id))
 
     def _release_pages(self) -> None:
         if self._folder is not None:
@@ -1308,7 +1394,7 @@ class Server:
 
     def _bases_in_use(self) -> set[int]:
         """The versions that somebody still works on, where the strategy needs them."""
-        if self._engine is None or self._history.finished or not self._app.strategy.needs_base:
+        if self._engine is None or self._history.finished or not self._strategy.needs_base:
             return set()
         return self._engine.versions_in_use
 
@@ -1444,7 +1530,9 @@ class Server:
                 task.cancel()
 
     def _goodbye(self, finished: bool, reason: str) -> m.RunEnded:
-        return m.RunEnded(run_id=self._run_id, epoch=self._epoch, finished=finished, reason=reason)
+        return m.RunEnded(
+            run_id=self._run_id, epoch=self._epoch, finished=finished, reason=reason, another=self._keeps_clients
+        )
 
     async def _send_home(self, reason: str) -> None:
         """After a failure of ours the clients need not wait for us, if the broker is still there to tell them."""
@@ -1496,6 +1584,8 @@ def _call_strategy(function: Callable[..., Any], *args: Any) -> Any:
     """Call into the strategy. Raises `RunFailed` when it raises: no round can be trusted then."""
     try:
         return function(*args)
+    except (AggregateRefused, UpdateRefused):
+        raise
     except Exception as exc:
         owner = type(getattr(function, "__self__", None)).__name__
         raise RunFailed(f"{owner}.{function.__name__} raised {_describe(exc)}") from exc
@@ -1509,16 +1599,33 @@ def _disk() -> Iterator[None]:
         raise RunFailed(f"the run folder cannot be written: {exc.strerror or exc}") from exc
 
 
+def _client_update(staged: StagedUpdate) -> ClientUpdate:
+    """As the strategy sees it, before anything is known of how late it is."""
+    assert staged.tensors is not None
+    assert staged.extra is not None
+    return ClientUpdate(
+        client_id=staged.client_id,
+        task_id=staged.task_id,
+        delta=staged.tensors,
+        num_examples=staged.num_examples,
+        metrics=staged.metrics,
+        extra=staged.extra,
+    )
+
+
 def _check_same_kind(strategy: Strategy, old: dict[str, Array], new: Any) -> None:
     name = type(strategy).__name__
     if not isinstance(new, dict) or not all(isinstance(value, np.ndarray) for value in new.values()):
         raise RunFailed(f"{name}.finish must return {{tensor name: array}}, the next model, not {type(new).__name__}")
 
     def kind(model: dict[str, Array]) -> list[tuple[str, object, object]]:
-        return [(name, value.shape, value.dtype) for name, value in model.items()]
+        return [
+            (name, value.ndim if strategy.may_resize else value.shape, value.dtype) for name, value in model.items()
+        ]
 
     if kind(old) != kind(new):
-        raise RunFailed(f"{name}.finish changed names, order, shapes or dtypes of the model")
+        what = "names, order or dtypes" if strategy.may_resize else "names, order, shapes or dtypes"
+        raise RunFailed(f"{name}.finish changed {what} of the model")
 
 
 def _describe(exc: BaseException) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from fedbus.bus.base import Delivery
 from fedbus.errors import DecodeError, UpdateRefused
-from fedbus.types import Array, Metrics, Tensors, delta_dtype
+from fedbus.types import EXTRA, Array, ExtraSpec, Metrics, Tensors, delta_dtype
 from fedbus.wire.arrays import TensorSpec, dtype_name, payload_bytes
 from fedbus.wire.codec import MAX_PART_BYTES
 from fedbus.wire.messages import Part, Update
@@ -63,6 +64,12 @@ class StagedUpdate:
     deliveries: dict[int, Delivery]
     tensors: PartedTensors | None
     """None once folded: the memory is free, the deliveries are still to be settled."""
+    extra: PartedTensors | None = None
+    """What came beside the delta; it goes with `tensors`."""
+
+    def drop(self) -> None:
+        """Free the memory: the deliveries are still to be settled."""
+        self.tensors = self.extra = None
 
     def in_settling_order(self) -> list[Delivery]:
         """The head last: a crash in the middle must not leave parts without one."""
@@ -266,6 +273,7 @@ class Staging:
     ) -> int:
         """Remember an update (one that is refused has no tensors) and give it a token."""
         token = next(self._tokens)
+        own, extra = (None, None) if tensors is None else tensors.split(EXTRA)
         update = StagedUpdate(
             client_id=head.client_id,
             task_id=head.task_id,
@@ -275,7 +283,8 @@ class Staging:
             nbytes=payload_bytes(head.schema),
             arrived_at=arrived_at,
             deliveries=deliveries,
-            tensors=tensors,
+            tensors=own,
+            extra=extra,
         )
         self._updates[token] = self._by_transfer[head.transfer] = update
         return token
@@ -328,15 +337,17 @@ def _bare(delivery: Delivery) -> Delivery:
 
 
 class UpdateCheck:
-    """What every update must be, for the model at hand."""
+    """What every update must be: deltas of `model`, all or some, and behind them all of `extras`."""
 
-    def __init__(self, model: Tensors) -> None:
+    def __init__(self, model: Tensors, extras: Mapping[str, ExtraSpec] | None = None) -> None:
         self._expected = {
             name: (dtype_name(delta_dtype(value.dtype)), tuple(value.shape)) for name, value in model.items()
         }
-
-        self.nbytes = payload_bytes(tuple(TensorSpec(name, *kind) for name, kind in self._expected.items()))
-        """The payload of an update that holds every tensor."""
+        self._extras = {EXTRA + name: spec for name, spec in (extras or {}).items()}
+        specs = [TensorSpec(name, *kind) for name, kind in self._expected.items()]
+        specs += [_largest(name, spec) for name, spec in self._extras.items()]
+        self.nbytes = payload_bytes(tuple(specs))
+        """The payload of the largest update that may come."""
 
     def head(self, update: Update) -> None:
         """Raise `UpdateRefused` for what can be told before the tensors are here: weight, names, dtypes, shapes."""
@@ -345,14 +356,49 @@ class UpdateCheck:
             raise UpdateRefused(f"num_examples is {update.num_examples}: an update needs at least one example")
         if update.num_examples > MAX_EXAMPLES:
             raise UpdateRefused(f"num_examples is {update.num_examples}: nobody has more than {MAX_EXAMPLES}")
-        for spec in update.schema:
-            if spec.name not in self._expected:
-                raise UpdateRefused(f"the model has no tensor {spec.name[:80]!r}")
-            dtype, shape = self._expected[spec.name]
-            if spec.shape != shape:
-                raise UpdateRefused(f"tensor {spec.name!r} has shape {spec.shape}, the model has {shape}")
-            if spec.dtype != dtype:
-                raise UpdateRefused(f"tensor {spec.name!r} came as {spec.dtype}, {dtype} is due")
+        extras = tuple(itertools.dropwhile(lambda spec: not spec.name.startswith(EXTRA), update.schema))
+        for spec in update.schema[: len(update.schema) - len(extras)]:
+            self._check_delta(spec)
+        for spec in extras:
+            self._check_extra(spec)
+        missing = set(self._extras) - {spec.name for spec in extras}
+        if missing:
+            name = min(missing).removeprefix(EXTRA)
+            raise UpdateRefused(f"it came without {name!r}, which the strategy needs: give it in FitResult.extra")
+
+    def _check_delta(self, spec: TensorSpec) -> None:
+        if spec.name not in self._expected:
+            raise UpdateRefused(f"the model has no tensor {spec.name[:80]!r}")
+        dtype, shape = self._expected[spec.name]
+        if spec.shape != shape:
+            raise UpdateRefused(f"tensor {spec.name!r} has shape {spec.shape}, the model has {shape}")
+        if spec.dtype != dtype:
+            raise UpdateRefused(f"tensor {spec.name!r} came as {spec.dtype}, {dtype} is due")
+
+    def _check_extra(self, spec: TensorSpec) -> None:
+        name, due = spec.name.removeprefix(EXTRA)[:80], self._extras.get(spec.name)
+        if due is None:
+            raise UpdateRefused(f"the strategy does not ask for {name!r}, which came beside the update")
+        if spec.dtype != dtype_name(due.dtype):
+            raise UpdateRefused(f"{name!r} came as {spec.dtype}, {dtype_name(due.dtype)} is due")
+        if due.shape is not None and spec.shape != due.shape:
+            raise UpdateRefused(f"{name!r} came with shape {spec.shape}, {due.shape} is due")
+        if due.shape is None and (len(spec.shape) != 1 or spec.nbytes > due.max_bytes):
+            raise UpdateRefused(
+                f"{name!r} came with shape {spec.shape}: one dimension, and {due.max_bytes} bytes at most, are due"
+            )
+
+
+def _largest(name: str, spec: ExtraSpec) -> TensorSpec:
+    shape = (spec.max_bytes // spec.dtype.itemsize,) if spec.shape is None else spec.shape
+    return TensorSpec(name, dtype_name(spec.dtype), shape)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise `UpdateRefused` for a model that has a tensor of a name that is ours."""
+    for name in names:
+        if name.startswith(EXTRA):
+            raise UpdateRefused(f"tensor {name[:80]!r}: names that begin with {EXTRA!r} are fedbus's own")
 
 
 def check_parts(update: Update) -> None:
@@ -366,6 +412,7 @@ def check_initial(update: Update) -> None:
     check_parts(update)
     if not update.schema:
         raise UpdateRefused("get_parameters returned no tensors")
+    check_names(spec.name for spec in update.schema)
     if payload_bytes(update.schema) > MAX_INITIAL_BYTES:
         raise UpdateRefused(f"an initial model of {payload_bytes(update.schema)} bytes, {MAX_INITIAL_BYTES} at most")
 

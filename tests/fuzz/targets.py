@@ -29,6 +29,7 @@ from fedbus.server.history import History
 from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Ledger
+from fedbus.server.staging import StagedUpdate
 from fedbus.tensorfile import load_model, save_model
 from fedbus.types import Tensors
 from fedbus.wire import messages as m
@@ -216,9 +217,9 @@ async def _take_in(data: bytes) -> None:
     identity = Identity("fed.server", {"virtual-1"})
     intake = UpdateIntake(
         consumer, _Engine(), identity, Guard(MemoryBroker().connect("fed.server"), identity, told.append),  # type: ignore[arg-type]
-        run_id="r", put=told.append, grant=lambda client_id, task_id: None, stalled_after_s=60,
+        run_id="r", put=told.append, verify=_take_it, grant=lambda client_id, task_id: None, stalled_after_s=60,
     )  # fmt: skip
-    intake.expect(_MODEL)
+    intake.expect(_MODEL, {})
     with contextlib.suppress(BrokerClosed):
         await intake.receive()
     for event in told:
@@ -230,6 +231,10 @@ async def _take_in(data: bytes) -> None:
     assert consumer.unsettled <= set(range(reconnected_at if reconnected_at < len(deliveries) else 0))
     assert (staging._orphan_bytes, staging._transfers, staging._orphans, staging._updates) == (0, {}, {}, {})
     assert not any(staging._orphan_bytes_of.values())
+
+
+async def _take_it(update: StagedUpdate) -> None:
+    """What a strategy that has nothing against any says of it."""
 
 
 def _scripts() -> list[bytes]:
