@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from fedbus.app import App
 from fedbus.errors import ClientCodeError, one_line
@@ -18,18 +20,24 @@ from fedbus.training.base import (
 )
 from fedbus.training.delta import update_delta
 from fedbus.training.thread import Caller
-from fedbus.types import Config, EvaluateResult, Metrics, Tensors
+from fedbus.types import EXTRA, Array, Config, EvaluateResult, Metrics, Tensors
+from fedbus.wire.messages import FitTask
 from fedbus.wire.transfer import Outgoing
 
 _LOGGER = logging.getLogger("fedbus.client")
 
 
+PERSONAL: Final = "personal/"
+"""Under this prefix the client's memory holds the tensors that it shares with nobody."""
+
+
 class Trained(NamedTuple):
-    """What a client answers: a delta, or its initial model, ready to travel."""
+    """What a client answers: a delta, or its initial model, ready to travel; and what it remembers of it."""
 
     outgoing: Outgoing
     num_examples: int
     metrics: Metrics
+    memory: dict[str, Array]
 
 
 class UserCode:
@@ -58,17 +66,42 @@ class UserCode:
         client = await self.make()
         parameters = await self._call("get_parameters", client.get_parameters)
         check_tensors("get_parameters", parameters)
-        return Trained(Outgoing({name: value.copy() for name, value in parameters.items()}), 0, {})
+        return Trained(Outgoing({name: value.copy() for name, value in parameters.items()}), 0, {}, {})
 
-    async def fit(self, model: Tensors, config: Config) -> Trained:
-        """What training from `model` changed."""
-        trained: Trained = await self._call("fit", _fit, await self.make(), model, config)
+    async def answer(self, task: FitTask, model: Tensors, memory: Tensors) -> Trained:
+        """What the task asks for: what training from `model` changed.
+
+        `model`: as it came, with what was broadcast beside it; `memory`: what the client remembers.
+        """
+        client = await self.make()
+        parameters = self._prepare(model, memory)
+        trained: Trained = await self._call("fit", self._fit, parameters, client, task.config)
         return trained
 
-    async def evaluate(self, model: Tensors, config: Config) -> EvaluateResult:
+    async def evaluate(self, model: Tensors, config: Config, memory: Tensors) -> EvaluateResult:
         """What `model` is worth on the client's data."""
         client = await self.make()
-        return check_evaluate_result(await self._call("evaluate", client.evaluate, model, dict(config)))
+        parameters = self._prepare(model, memory)
+        return check_evaluate_result(await self._call("evaluate", client.evaluate, parameters, dict(config)))
+
+    def _prepare(self, model: Tensors, memory: Tensors) -> Tensors:
+        """Lay everything ready for a task: the model as this client sees it."""
+        self._context.memory = dict(memory)
+        beside = {name: value for name, value in model.items() if name.startswith(EXTRA)}
+        self._context.broadcast = {name.removeprefix(EXTRA): value for name, value in beside.items()}
+        if not beside and not self._app.personal:
+            return model
+        return {name: memory.get(PERSONAL + name, value) for name, value in model.items() if name not in beside}
+
+    def _fit(self, parameters: Tensors, client: Client, config: Config) -> Trained:
+        result = check_fit_result(client.fit(parameters, dict(config)))
+        personal = {name: value for name, value in result.parameters.items() if self._app.is_personal(name)}
+        shared = {name: value for name, value in result.parameters.items() if name not in personal}
+        delta = update_delta(parameters, shared)
+        update_delta(parameters, personal)  # raises when it cannot be what it stands for
+        memory = self._context.memory | {PERSONAL + name: np.array(value) for name, value in personal.items()}
+        beside = {EXTRA + name: value for name, value in result.extra.items()}
+        return Trained(Outgoing(delta | beside), result.num_examples, result.metrics, memory)
 
     async def _call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -78,8 +111,3 @@ class UserCode:
         except Exception as exc:
             _LOGGER.debug("%s failed", what, exc_info=exc)
             raise ClientCodeError(f"{what} raised {one_line(f'{type(exc).__name__}: {exc}')}") from exc
-
-
-def _fit(client: Client, model: Tensors, config: Config) -> Trained:
-    result = check_fit_result(client.fit(model, dict(config)))
-    return Trained(Outgoing(update_delta(model, result.parameters)), result.num_examples, result.metrics)

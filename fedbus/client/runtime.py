@@ -23,6 +23,7 @@ from fedbus.app import App
 from fedbus.bus.base import Bus, Consumer, Delivery, hold_patiently
 from fedbus.bus.topology import CONTROL, client_inbox, client_lock, inbox, ingress
 from fedbus.client.code import Trained, UserCode
+from fedbus.client.memory import ClientMemory
 from fedbus.client.outbox import Entry, Outbox
 from fedbus.client.reader import ModelReader
 from fedbus.client.tasks import kind_of, place_of, report_of, round_of
@@ -92,6 +93,7 @@ class ClientRuntime:
         observers: called with each event of `fedbus.observe.events`.
         context: what `client_fn` is given; None makes one.
         caller: runs the user's code; None: a thread does.
+        memory: what the client remembers; None begins with nothing and keeps it no longer than the process.
         jitter: keeps clients from speaking all at once.
     """
 
@@ -106,6 +108,7 @@ class ClientRuntime:
         observers: Sequence[o.Observe] = (),
         context: ClientContext | None = None,
         caller: Caller | None = None,
+        memory: ClientMemory | None = None,
         jitter: random.Random | None = None,
     ) -> None:
         self._app = app
@@ -131,6 +134,7 @@ class ClientRuntime:
         self._jitter = jitter or random.Random()
         self._outbox = Outbox(bus, client_id, self._jitter)
         self._caller: Caller = caller or UserThread(f"fedbus-{client_id}")
+        self._memory = ClientMemory() if memory is None else memory
         self._code = UserCode(app, self._context, self._caller)
         self._inbox: Consumer | None = None
         self._has_told_of_waiting = False
@@ -267,19 +271,29 @@ class ClientRuntime:
     # ---- presence ------------------------------------------------------------------------------------------------
 
     async def _stay_present(self) -> None:
+        while True:
+            await self._become_member()
+            await self._show_signs_of_life()
+
+    async def _become_member(self) -> None:
         for pause_s in self._pauses():
             await self._ask_to_join(pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._welcomed.wait()
             if self._welcomed.is_set():
-                break
+                return
             self._note_no_server()
+
+    async def _show_signs_of_life(self) -> None:
+        """As long as we are a member of a run that goes on."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._heartbeat_due.wait()
             self._heartbeat_due.clear()
+            if not self._welcomed.is_set():
+                return
             heartbeat = m.Heartbeat(
                 client_id=self._client_id,
                 session=self._session,
@@ -360,6 +374,7 @@ class ClientRuntime:
         if cancel.run_id != self._run_id:
             return
         self._outbox.settle(cancel.task_id)
+        self._memory.discard(cancel.task_id)
         if self._current is not None and self._current.task.task_id == cancel.task_id:
             self._cancelled[cancel.task_id] = cancel.reason
             self._context.cancel()
@@ -387,6 +402,7 @@ class ClientRuntime:
                     self._epoch = max(self._epoch, message.epoch)
                 else:
                     self._run_id, self._epoch = message.run_id, message.epoch
+                    self._memory.begin_run(message.run_id)
                     self._outbox.clear()
                     self._newest_fit = 0
                     self._context.cancel()  # whatever is being trained, it is for a run that is over
@@ -395,17 +411,27 @@ class ClientRuntime:
             case m.Receipt() if message.run_id == self._run_id:
                 self._take_receipt(message.task_id, message.round, message.staleness)
             case m.Refusal():
+                self._memory.discard(message.task_id)
                 self._settled(message.task_id)
                 self._tell(o.RefusalArrived(client_id=self._client_id, reason=message.reason))
             case m.UploadGrant() if message.run_id == self._run_id:
                 self._outbox.grant(message.task_id)
             case m.RunEnded() if message.run_id == self._run_id and message.epoch >= self._epoch:
                 self._outbox.clear()
+                if message.another:
+                    self._await_another_run()
+                    return
                 self._result = message
                 self._context.cancel()
                 self._over.set()
             case _:
                 pass  # words of a run that is over
+
+    def _await_another_run(self) -> None:
+        self._run_id = None
+        self._context.cancel()
+        self._welcomed.clear()
+        self._heartbeat_due.set()
 
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
@@ -446,6 +472,7 @@ class ClientRuntime:
     def _take_receipt(self, task_id: str, round: int, staleness: int) -> None:
         if self._outbox.get(task_id) is not None or task_id not in self._ended_tasks:  # else it came again
             self._tell(o.ReceiptArrived(client_id=self._client_id, round=round, staleness=staleness))
+        self._memory.settle(task_id)
         self._settled(task_id)
 
     def _settled(self, task_id: str) -> None:
@@ -504,11 +531,12 @@ class ClientRuntime:
             model = await self._model_of(task)
             if not self._is_wanted(task):
                 return
-            trained = await self._code.fit(model, task.config)
+            trained = await self._code.answer(task, model, self._memory.before(task.task_id))
             del model
         finally:
             still_here.cancel()
         if self._is_wanted(task):
+            self._memory.keep(task.task_id, trained.memory)
             await self._upload(task, trained)
 
     def _is_wanted(self, task: m.FitTask) -> bool:
@@ -517,7 +545,7 @@ class ClientRuntime:
 
     async def _evaluate(self, task: m.EvaluateTask) -> None:
         await self._code.make()
-        result = await self._code.evaluate(await self._model_of(task), task.config)
+        result = await self._code.evaluate(await self._model_of(task), task.config, self._memory.before())
         await self._bus.publish(CONTROL, self._client_id, encode(report_of(self._client_id, task, result)))
 
     async def _model_of(self, task: m.FitTask | m.EvaluateTask) -> Tensors:
@@ -538,5 +566,6 @@ class ClientRuntime:
         try:
             await self._outbox.deliver(entry)
         except ConfigError:  # it cannot travel, now or later
+            self._memory.discard(task.task_id)
             self._outbox.settle(task.task_id)
             raise

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedbus.app import App
 from fedbus.bus.memory import MemoryBroker
+from fedbus.client.memory import ClientMemory
 from fedbus.client.runtime import ClientRuntime
 from fedbus.clock import now
 from fedbus.simulation.habits import Habits
@@ -157,6 +158,7 @@ class VirtualClient:
         self._context = context
         self._habits = habits
         self._caller = VirtualCaller(habits)
+        self._memory = ClientMemory()
         self._jitter = random.Random(f"{seed}/{context.client_id}/jitter")
         self._tell_lost = tell_lost
         self._lease: asyncio.TimerHandle | None = None
@@ -195,6 +197,7 @@ class VirtualClient:
                 client_id=self._context.client_id,
                 context=self._context,
                 caller=self._caller,
+                memory=self._memory,
                 jitter=self._jitter,
             )
             running = asyncio.create_task(runtime.run())

@@ -24,6 +24,10 @@ class ClientContext:
         state: the client's own memory between tasks; it never leaves the client. That of a virtual client is empty at
             each task, for whichever worker has it knows nothing of the last one.
         config: further settings for `client_fn`.
+        memory: tensors that the client's half of a method keeps (a control variate, personal layers). What a fit leaves
+            there counts once the server has committed its update, and is dropped when that is refused; it is empty
+            when a run begins. Assign new arrays, and do not write into old ones.
+        broadcast: tensors that came with the model, by the strategy's names; read-only.
     """
 
     client_id: str
@@ -31,6 +35,8 @@ class ClientContext:
     num_partitions: int = 1
     state: dict[str, Any] = field(default_factory=dict)
     config: Config = field(default_factory=dict)
+    memory: dict[str, Array] = field(default_factory=dict)
+    broadcast: Tensors = field(default_factory=dict)
     _cancelled: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     @property
@@ -65,6 +71,10 @@ class Client:
         """Measure `parameters` on the client's own data."""
         _missing(self, "evaluate")
 
+    def query(self, config: Config) -> Mapping[str, Array]:
+        """Return the columns that federated queries may see, 1-d arrays of one length: only sums of them are sent."""
+        _missing(self, "query")
+
 
 class NumPyClient:
     """Trains and evaluates on a plain list of arrays, in the model's order; override what your run needs.
@@ -83,6 +93,10 @@ class NumPyClient:
     def evaluate(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[float, int, dict[str, Scalar]]:
         """Measure `parameters`; return (loss, num_examples, metrics)."""
         _missing(self, "evaluate")
+
+    def query(self, config: dict[str, Scalar]) -> Mapping[str, Array]:
+        """Return the columns that federated queries may see, 1-d arrays of one length: only sums of them are sent."""
+        _missing(self, "query")
 
 
 def as_client(obj: object) -> Client:
@@ -116,6 +130,7 @@ def check_fit_result(result: object) -> FitResult:
         parameters=result.parameters,
         num_examples=_num_examples("fit", result.num_examples),
         metrics=_metrics("fit", result.metrics),
+        extra=_extra(result.extra),
     )
 
 
@@ -166,6 +181,9 @@ class _NumPyAdapter(Client):
         loss, num_examples, metrics = _triple("evaluate", "(loss, num_examples, metrics)", result)
         return check_evaluate_result(EvaluateResult(loss=loss, num_examples=num_examples, metrics=metrics))
 
+    def query(self, config: Config) -> Mapping[str, Array]:
+        return self._client.query(dict(config))
+
 
 def _missing(client: object, method: str) -> NoReturn:
     without = {"evaluate": " (or set fraction_evaluate=0)", "get_parameters": " (or give the app initial_parameters)"}
@@ -176,6 +194,12 @@ def _copies(parameters: Tensors) -> list[Array]:
     # Flower hands out fresh arrays, and its users train in place on them: on the cached global model that
     # would turn every delta into zero without a word.
     return [np.array(value) for value in parameters.values()]
+
+
+def _extra(extra: object) -> dict[str, Array]:
+    if not isinstance(extra, Mapping):
+        raise ClientCodeError(f"fit returned {_kind(extra)} as extra, expected a mapping")
+    return {str(name): np.array(_array("fit", str(name), value)) for name, value in extra.items()}
 
 
 def _triple(method: str, expected: str, result: object) -> tuple[Any, Any, Any]:

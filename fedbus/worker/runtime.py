@@ -287,10 +287,10 @@ class WorkerRuntime:
                 await self._upload(job, task, await code.parameters())
             case m.FitTask() as task:
                 await code.make()
-                await self._upload(job, task, await code.fit(await self._model_of(job), task.config))
+                await self._upload(job, task, await code.answer(task, await self._model_of(job), {}))
             case m.EvaluateTask() as task:
                 await code.make()
-                result = await code.evaluate(await self._model_of(job), task.config)
+                result = await code.evaluate(await self._model_of(job), task.config, {})
                 await self._bus.publish(CONTROL, job.client_id, encode(report_of(job.client_id, task, result)))
 
     async def _model_of(self, job: _Job) -> Tensors:

@@ -1,0 +1,122 @@
+"""What a client remembers from one fit to the next: it counts once the server's receipt for that fit has come.
+
+A fit whose update is refused must leave no trace: the server's half of the method (a control variate, a sum of what
+was not sent) knows nothing of it. Training does not wait for receipts, so each fit begins with what the last one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from fedbus.errors import ConfigError
+from fedbus.tensorfile import map_model, save_model
+from fedbus.types import Array, Tensors
+
+_SETTLED: Final = "settled.safetensors"
+_SUFFIX: Final = ".open.safetensors"
+
+
+class ClientMemory:
+    """The tensors of one client, in one run.
+
+    Args:
+        folder: where they lie, so that they outlive the process; None keeps them in memory alone.
+
+    Raises:
+        ConfigError: when the folder cannot be used, or holds something else.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._run_id = ""
+        self._settled: Tensors = {}
+        self._open: OrderedDict[str, tuple[int, Tensors]] = OrderedDict()  # task_id -> (number, what it left)
+        self._number = 0
+        if folder is not None:
+            with _using(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._load(folder)
+
+    def __repr__(self) -> str:
+        return f"<ClientMemory run={self._run_id!r} settled={len(self._settled)} open={list(self._open)}>"
+
+    def begin_run(self, run_id: str) -> None:
+        """Forget what belongs to another run."""
+        if run_id == self._run_id:
+            return
+        for task_id in list(self._open):
+            self._forget(task_id)
+        self._run_id, self._settled = run_id, {}
+        if self._folder is not None:
+            with _using(self._folder):
+                (self._folder / _SETTLED).unlink(missing_ok=True)
+
+    def before(self, task_id: str = "") -> dict[str, Array]:
+        """What a fit for `task_id` begins with: what the last one left, but for an earlier attempt at the same task."""
+        others = [tensors for other, (_, tensors) in self._open.items() if other != task_id]
+        return dict(others[-1] if others else self._settled)
+
+    def keep(self, task_id: str, tensors: Tensors) -> None:
+        """Note what the fit for `task_id` left, until it is settled."""
+        self._forget(task_id)
+        if not tensors and not self.before(task_id):
+            return
+        self._number += 1
+        self._open[task_id] = self._number, dict(tensors)
+        self._save(f"{self._number}{_SUFFIX}", tensors, task_id)
+
+    def settle(self, task_id: str) -> None:
+        """The server counts this fit: what it left is what there is, and older ones have no more to say."""
+        if task_id not in self._open:
+            return
+        _, self._settled = self._open[task_id]
+        self._save(_SETTLED, self._settled, task_id)
+        for older in list(self._open):
+            self._forget(older)
+            if older == task_id:
+                break
+
+    def discard(self, task_id: str) -> None:
+        """The server does not count this fit."""
+        self._forget(task_id)
+
+    def _forget(self, task_id: str) -> None:
+        number, _ = self._open.pop(task_id, (0, {}))
+        if number and self._folder is not None:
+            with _using(self._folder):
+                (self._folder / f"{number}{_SUFFIX}").unlink(missing_ok=True)
+
+    def _save(self, name: str, tensors: Tensors, task_id: str) -> None:
+        if self._folder is not None:
+            with _using(self._folder):
+                save_model(self._folder / name, tensors, {"run_id": self._run_id, "task_id": task_id})
+
+    def _load(self, folder: Path) -> None:
+        if (folder / _SETTLED).exists():
+            self._settled, self._run_id, _ = _read(folder / _SETTLED)
+        waiting = {int(path.name.removesuffix(_SUFFIX)): path for path in folder.glob(f"*{_SUFFIX}")}
+        for number, path in sorted(waiting.items()):
+            tensors, run_id, task_id = _read(path)
+            if self._run_id in ("", run_id):
+                self._run_id = run_id
+                self._open[task_id] = number, tensors
+            self._number = number
+
+
+def _read(path: Path) -> tuple[dict[str, Array], str, str]:
+    tensors, metadata, _ = map_model(path)
+    return tensors, metadata.get("run_id", ""), metadata.get("task_id", "")
+
+
+@contextlib.contextmanager
+def _using(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigError(f"the client's state folder {folder} cannot be used: {exc.strerror or exc}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"the client's state folder {folder} holds something else: {exc}") from exc
