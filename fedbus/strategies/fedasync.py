@@ -11,7 +11,7 @@ from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError
 from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.exact import BLOCK, blocks
-from fedbus.strategies.mean import rounded
+from fedbus.strategies.step import rounded
 from fedbus.types import Array, Tensors
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError
-from fedbus.strategies.base import ClientUpdate, Strategy
+from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.mean import StreamingMean
-from fedbus.types import Array, Tensors
+from fedbus.strategies.step import Step, StepStrategy
+from fedbus.types import Tensors
 
 
-class FedAvg(Strategy):
+class FedAvg(StepStrategy):
     """w <- w + sum_k(n_k d_k) / sum_k(n_k), with d_k the delta of client k and n_k its number of examples.
 
     McMahan et al. 2017 (Communication-Efficient Learning of Deep Networks from Decentralized Data), algorithm 1,
     with the mean over those clients that sent the tensor. The d_k of a late update is multiplied by its staleness
     discount, which is not normalised away: where all updates are late, the model moves less. Exact, in whatever order
-    the updates come, in the memory of a few models: `StreamingMean`, which also says what becomes of integer and bool
-    tensors.
+    the updates come, in the memory of a few models: `StreamingMean`. `StepStrategy` says what becomes of integer and
+    bool tensors.
     """
 
     def __repr__(self) -> str:
@@ -34,5 +37,5 @@ class FedAvg(Strategy):
     def fold(self, state: StreamingMean, update: ClientUpdate) -> None:
         state.add(update, factor=update.num_examples * update.discount, weight=update.num_examples)
 
-    def finish(self, state: StreamingMean, model: Tensors) -> dict[str, Array]:
-        return state.moved(model)
+    def steps(self, state: StreamingMean, model: Tensors) -> Iterator[Step]:
+        return state.steps(model)

@@ -1,19 +1,19 @@
-"""A mean of updates, taken as they come, and the model moved by it."""
+"""A mean of updates, taken as they come."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.exact import ExactSum, from_smallest_units, smallest_units
+from fedbus.strategies.step import Step
 from fedbus.types import Array, Tensors
 
-_LARGEST_INT64: Final = float(np.nextafter(2.0**63, 0))
 _GRID_BITS: Final = 34
 """A mean is exact to 2**-35 of the tensor's largest element, or of 1 where that is larger: ten bits beyond float32's
 own for that element. What weight * delta has room for in the first level is 2**17 times that element."""
@@ -57,17 +57,15 @@ class StreamingMean:
                 values = _votes(self._bools[name][start : start + values.size], values)
             mean.total.add(start, values, factor)
 
-    def moved(self, model: Tensors, rate: float = 1.0) -> dict[str, Array]:
-        """`model` + `rate` times the mean, in new arrays; to be called once, for the sums go on the way.
+    def steps(self, model: Tensors) -> Iterator[Step]:
+        """The mean of each tensor that somebody sent, block by block; to be called once, for the sums go on the way.
 
-        A tensor that nobody sent stays. Integer tensors take the step rounded to the nearest integer (ties to even),
-        within the limits of their dtype. A bool cannot go part of the way: it takes what most say, each update with
-        factor_i votes, whatever weight_i and `rate` are, and stays on a tie.
+        That of a bool is what most say: each update has factor_i votes, whatever weight_i is.
         """
-        return {
-            name: _moved(value, self._means.pop(name), 1.0 if name in self._bools else rate)
-            for name, value in model.items()
-        }
+        for name, value in model.items():
+            mean = self._means.pop(name)
+            if mean.weight_units:
+                yield from _blocks_of(name, mean, is_complex=value.dtype.kind == "c")
 
 
 def _sum_for(value: Array) -> ExactSum:
@@ -95,41 +93,12 @@ def _votes(value: Array, delta: Array) -> Array:
     return np.clip(delta, -now, 1 - now)
 
 
-def _moved(value: Array, mean: _Mean, rate: float) -> Array:
-    if mean.weight_units == 0:
-        return value.copy()
-    divisor = from_smallest_units(mean.weight_units) / rate
-    new = np.empty(value.size, value.dtype)
-    before, is_complex = value.reshape(-1), value.dtype.kind == "c"
+def _blocks_of(name: str, mean: _Mean, *, is_complex: bool) -> Iterator[Step]:
+    divisor = from_smallest_units(mean.weight_units)
     for block, total in mean.total.totals():
         with np.errstate(over="ignore", invalid="ignore"):  # whoever takes the result looks at it
-            step = total / divisor
+            total /= divisor
         if is_complex:
-            block, step = slice(block.start // 2, block.stop // 2), step.view(np.complex128)
-        new[block] = _stepped(before[block], step)
-    return new.reshape(value.shape)
-
-
-def _stepped(value: Array, step: NDArray[Any]) -> Array:
-    if value.dtype.kind == "b":
-        return _majority(value, step)
-    if value.dtype.kind in "iu":
-        return rounded(value, step)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(np.asarray(value, step.dtype) + step, dtype=value.dtype)
-
-
-def rounded(value: Array, step: NDArray[np.float64]) -> Array:
-    """Integers plus a step rounded to the nearest integer (ties to even), within the limits of their dtype; a step is
-    2**63 long at most."""
-    limits, kind = np.iinfo(value.dtype), value.dtype.type
-    longest = min(2.0**limits.bits - 1, _LARGEST_INT64)
-    whole = np.clip(np.rint(step), -longest, longest).astype(np.int64)
-    moved = (value.astype(np.int64) + whole).astype(value.dtype)  # wraps round once at most, in 64 bits too
-    moved = np.where((whole > 0) & (moved < value), kind(limits.max), moved)
-    return np.where((whole < 0) & (moved > value), kind(limits.min), moved)
-
-
-def _majority(value: Array, step: NDArray[np.float64]) -> Array:
-    share = value.astype(np.float64) + step
-    return np.where(np.isclose(share, 0.5, rtol=0, atol=1e-12), value, share > 0.5)
+            yield name, slice(block.start // 2, block.stop // 2), total.view(np.complex128)
+        else:
+            yield name, block, total

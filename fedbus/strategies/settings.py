@@ -1,0 +1,32 @@
+"""The numbers that strategies are made with, checked."""
+
+from __future__ import annotations
+
+import math
+
+from fedbus.errors import ConfigError
+
+
+def positive(name: str, value: float) -> float:
+    """`value`. Raises `ConfigError` unless it is a finite number above 0."""
+    if not (_is_number(value) and value > 0):
+        raise ConfigError(f"{name} must be a positive number, not {value!r}")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """`value`. Raises `ConfigError` unless it is a finite number, 0 or more."""
+    if not (_is_number(value) and value >= 0):
+        raise ConfigError(f"{name} must be a number of 0 or more, not {value!r}")
+    return value
+
+
+def decay(name: str, value: float) -> float:
+    """`value`. Raises `ConfigError` unless it is a number in [0, 1)."""
+    if not (_is_number(value) and 0 <= value < 1):
+        raise ConfigError(f"{name} must be a number from 0 to less than 1, not {value!r}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
