@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from fedbus.app import App
 from fedbus.bus.access import Access
 from fedbus.bus.rabbitmq import connect_supervised
 from fedbus.bus.supervised import LinkState
+from fedbus.client.memory import ClientMemory
 from fedbus.client.runtime import ClientRuntime
 from fedbus.config import check_client_id, parse_virtual_id
 from fedbus.errors import ConfigError, RunFailed
@@ -30,6 +33,7 @@ async def serve(
     run_dir: Path | str | None = None,
     resume: bool = False,
     virtual_clients: int = 0,
+    keeps_clients: bool = False,
     observers: Sequence[o.Observe] = (),
     metrics: str | None = None,
 ) -> History:
@@ -39,6 +43,7 @@ async def serve(
     `run_dir` receives the ledger, history.json and model.safetensors. With `resume` the run that is in it goes on from
     its last commit, whatever became of its server; where there is none, one begins. At `metrics` ("[HOST:]PORT") it
     serves /metrics for Prometheus, /healthz and /livez.
+    `keeps_clients`: at the end clients are told to wait for the next run, in place of being sent home.
     `virtual_clients`: so many clients are enrolled, whose tasks are done by whatever workers there are (see `work`).
 
     Raises:
@@ -63,7 +68,13 @@ async def serve(
             _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="server"))
             folder = None if run_dir is None else Path(run_dir)
             server = Server(
-                app, bus, run_dir=folder, resume=resume, virtual_clients=virtual_clients, observers=observers
+                app,
+                bus,
+                run_dir=folder,
+                resume=resume,
+                virtual_clients=virtual_clients,
+                keeps_clients=keeps_clients,
+                observers=observers,
             )
             watch.read(server.figures)
             watch.look_at(bus)
@@ -78,16 +89,18 @@ async def join(
     client_id: str,
     partition: int = 0,
     num_partitions: int = 1,
+    state_dir: Path | str | None = None,
     observers: Sequence[o.Observe] = (),
     metrics: str | None = None,
 ) -> bool:
     """Take part in the run on `broker`, a URL or an `Access`, as `client_id`, waiting for its server if need be.
 
     True when the run finished, False when it was asked to leave (SIGTERM or Ctrl-C in the main thread). At `metrics`
-    ("[HOST:]PORT") it serves /metrics for Prometheus, /healthz and /livez.
+    ("[HOST:]PORT") it serves /metrics for Prometheus, /healthz and /livez. What the client remembers from one task to
+    the next (`ClientContext.memory`) lies in `state_dir`, and so outlives the process; without it, in memory.
 
     Raises:
-        ConfigError: for a URL, a client id or an address that cannot be used.
+        ConfigError: for a URL, a state folder, a client id or an address that cannot be used.
         BrokerError: when the broker cannot be reached or refuses us (one that goes away later is waited for);
             `QueueBusy` for a taken id.
         RunFailed: when the server ended the run early.
@@ -95,6 +108,8 @@ async def join(
     check_client_id(client_id)
     if parse_virtual_id(client_id) is not None:
         raise ConfigError(f"{client_id} is the name of a virtual client, which workers play: take another id")
+
+    memory = ClientMemory(None if state_dir is None else Path(state_dir) / client_id)
 
     def on_state(state: LinkState) -> None:
         _tell(observers, _link_event(state))
@@ -104,7 +119,13 @@ async def join(
         async with await connect_supervised(broker, name=f"fedbus client {client_id}", on_state=on_state) as bus:
             _tell(observers, o.ConnectedToBroker(broker=bus.broker, role="client"))
             client = ClientRuntime(
-                app, bus, client_id=client_id, partition=partition, num_partitions=num_partitions, observers=observers
+                app,
+                bus,
+                client_id=client_id,
+                partition=partition,
+                num_partitions=num_partitions,
+                memory=memory,
+                observers=observers,
             )
             watch.read(client.figures)
             with on_signals(lambda _: client.request_leave()):
@@ -152,76 +173,23 @@ async def work(
                 return await worker.run()
 
 
-def start_server(
-    app: App,
-    *,
-    broker: str | Access,
-    run_dir: Path | str | None = None,
-    resume: bool = False,
-    virtual_clients: int = 0,
-    observers: Sequence[o.Observe] = (),
-    metrics: str | None = None,
-) -> History:
-    """`serve`, blocking."""
-    return asyncio.run(
-        serve(
-            app,
-            broker=broker,
-            run_dir=run_dir,
-            resume=resume,
-            virtual_clients=virtual_clients,
-            observers=observers,
-            metrics=metrics,
-        )
-    )
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def start_client(
-    app: App,
-    *,
-    broker: str | Access,
-    client_id: str,
-    partition: int = 0,
-    num_partitions: int = 1,
-    observers: Sequence[o.Observe] = (),
-    metrics: str | None = None,
-) -> bool:
-    """`join`, blocking."""
-    return asyncio.run(
-        join(
-            app,
-            broker=broker,
-            client_id=client_id,
-            partition=partition,
-            num_partitions=num_partitions,
-            observers=observers,
-            metrics=metrics,
-        )
-    )
+def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return asyncio.run(function(*args, **kwargs))
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = f"`{function.__name__}`, blocking."
+    return call
 
 
-def start_worker(
-    app: App,
-    *,
-    broker: str | Access,
-    slots: int = 1,
-    grace_s: float = 30.0,
-    until_idle_s: float | None = None,
-    observers: Sequence[o.Observe] = (),
-    metrics: str | None = None,
-) -> int:
-    """`work`, blocking."""
-    return asyncio.run(
-        work(
-            app,
-            broker=broker,
-            slots=slots,
-            grace_s=grace_s,
-            until_idle_s=until_idle_s,
-            observers=observers,
-            metrics=metrics,
-        )
-    )
+start_server = _blocking(serve, "start_server")
+start_client = _blocking(join, "start_client")
+start_worker = _blocking(work, "start_worker")
 
 
 @contextlib.contextmanager

@@ -162,6 +162,15 @@ def client(
     plaintext: Plaintext = False,
     partition: Annotated[int, typer.Option("--partition", min=0, help="Which part of split data is this one's.")] = 0,
     num_partitions: Annotated[int, typer.Option("--num-partitions", min=1, help="Into how many it is split.")] = 1,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="DIR",
+            help="Where it keeps what its method must remember, beyond a restart.",
+            envvar="FEDBUS_STATE",
+        ),
+    ] = None,
     metrics: Metrics = None,
     as_json: Json = False,
     log_json: LogJson = False,
@@ -185,6 +194,7 @@ def client(
             client_id=client_id,
             partition=partition,
             num_partitions=num_partitions,
+            state_dir=state_dir,
             observers=[log_event],
             metrics=metrics,
         )

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from fedbus.analytics.local import answer
 from fedbus.app import App
 from fedbus.errors import ClientCodeError, one_line
 from fedbus.training.base import (
@@ -69,13 +70,14 @@ class UserCode:
         return Trained(Outgoing({name: value.copy() for name, value in parameters.items()}), 0, {}, {})
 
     async def answer(self, task: FitTask, model: Tensors, memory: Tensors) -> Trained:
-        """What the task asks for: what training from `model` changed.
+        """What the task asks for: what training from `model` changed, or what the client's data say to a query.
 
         `model`: as it came, with what was broadcast beside it; `memory`: what the client remembers.
         """
         client = await self.make()
         parameters = self._prepare(model, memory)
-        trained: Trained = await self._call("fit", self._fit, parameters, client, task.config)
+        ask = _query if task.purpose == "query" else self._fit
+        trained: Trained = await self._call(task.purpose, ask, parameters, client, task.config)
         return trained
 
     async def evaluate(self, model: Tensors, config: Config, memory: Tensors) -> EvaluateResult:
@@ -111,3 +113,8 @@ class UserCode:
         except Exception as exc:
             _LOGGER.debug("%s failed", what, exc_info=exc)
             raise ClientCodeError(f"{what} raised {one_line(f'{type(exc).__name__}: {exc}')}") from exc
+
+
+def _query(question: Tensors, client: Client, config: Config) -> Trained:
+    extra = answer(client.query(dict(config)), question, config)
+    return Trained(Outgoing({EXTRA + name: value for name, value in extra.items()}), 1, {}, {})

@@ -1,0 +1,1 @@
+"""Federated analytics: sums over everybody's records, which stay where they are."""
