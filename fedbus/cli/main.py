@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
