@@ -1,0 +1,324 @@
+"""What strategies and clients remember from round to round, say to one another, and refuse: over the memory bus."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedbus.server.runtime
+from fedbus.client.memory import ClientMemory
+from fedbus.errors import AggregateRefused, ConfigError, UpdateRefused
+from fedbus.observe import events as o
+from fedbus.strategies.base import ClientUpdate, Strategy
+from fedbus.tensorfile import save_model
+from fedbus.training.base import Client, ClientContext
+from fedbus.types import Array, Config, EvaluateResult, ExtraSpec, FitResult, Tensors
+from tests.kit import app_of, federation
+
+_W = np.float32
+
+
+class Sums(Strategy):
+    """w <- w + sum(d) + memory; memory <- memory + the sum of what comes beside; clients see memory."""
+
+    def fit_config(self, round: int) -> Config:
+        return {"factor": 2.0, "lr": 0.5}
+
+    def broadcast(self, model: Tensors) -> Tensors:
+        return {"total": self.memory.get("total", np.zeros(3, _W))}
+
+    def extras(self, model: Tensors) -> dict[str, ExtraSpec]:
+        return {"seen": ExtraSpec(dtype=np.dtype(_W), shape=(3,))}
+
+    def verify(self, update: ClientUpdate) -> None:
+        if next(update.peek())[2].min() < 0:
+            raise UpdateRefused("it is negative")
+
+    def init(self, model: Tensors) -> dict[str, Array]:
+        return {"delta": np.zeros(3), "seen": np.zeros(3)}
+
+    def fold(self, state: dict[str, Array], update: ClientUpdate) -> None:
+        for _, start, values in update.pieces():
+            state["delta"][start : start + values.size] += values
+        for name, start, values in update.extra_pieces():
+            state[name][start : start + values.size] += values
+
+    def finish(self, state: dict[str, Array], model: Tensors) -> dict[str, Array]:
+        before = self.memory.get("total", np.zeros(3, _W))
+        self.memory["total"] = (before + state["seen"]).astype(_W)
+        if state["delta"].max() > 1000:
+            raise AggregateRefused("more than 1000")
+        return {"w": (model["w"] + state["delta"] + before).astype(_W)}
+
+
+class Answering(Client):
+    """Steps by the round times `factor`, and tells what it was shown; remembers how often it has counted."""
+
+    step: dict[tuple[str, int], float] = {}  # noqa: RUF012  # each test makes a class of its own
+
+    def __init__(self, context: ClientContext) -> None:
+        self.context = context
+
+    def fit(self, parameters: Tensors, config: Config) -> FitResult:
+        number = int(config["round"])
+        before = self.context.memory.get("counted", np.zeros(1))
+        self.context.memory["counted"] = before + 1
+        step = self.step.get((self.context.client_id, number), number * float(config["factor"]))
+        return FitResult(
+            parameters={"w": parameters["w"] + _W(step)},
+            num_examples=1,
+            metrics={"before": float(before[0]), "lr": config["lr"]},
+            extra={"seen": self.context.broadcast["total"] + 1},
+        )
+
+
+def stepping(steps: dict[tuple[str, int], float]) -> type[Answering]:
+    return type("Stepping", (Answering,), {"step": steps})
+
+
+def app(client: type[Client] = Answering, strategy: Strategy | None = None, **settings: Any) -> Any:
+    rounds = {"min_fit_clients": 2, "fraction_evaluate": 0, **settings.pop("rounds", {})}
+    return app_of(
+        client, strategy=strategy or Sums(), initial_parameters={"w": np.zeros(3, _W)}, rounds=rounds, **settings
+    )
+
+
+async def test_a_strategy_remembers_tells_the_clients_and_is_told_more_than_a_delta() -> None:
+    async with federation(app(fit_config={"lr": 0.25})) as story:
+        history = await story.run("c1", "c2")
+        # Round 1: 2 * 2, shown 0, so 2 * 1 are seen. Round 2: 2 * 4, and what was remembered.
+        assert story.model()["w"].tolist() == [4 + 8 + 2] * 3
+    assert history.rounds[-1].fit_metrics["lr"] == 0.25, "the user's own settings go before the strategy's"
+    assert "_memory" not in vars(story.app.strategy), "the app's own strategy knows nothing of a run"
+
+
+async def test_what_a_strategy_remembers_outlives_its_server(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rounds": {"num_rounds": 4}}
+    async with federation(app(**settings)) as story:
+        await story.run("c1", "c2")
+        expected = story.bits()
+    async with federation(app(**settings), run_dir=tmp_path) as story:
+        story.start_server()
+        clients = [story.start_client(name) for name in ("c1", "c2")]
+        await story.until(o.RoundClosed, 2)
+        await story.kill_server()
+        history = await story.resume_server()
+        await asyncio.gather(*clients)
+        assert history.num_rounds == 4
+        assert story.bits() == expected
+    assert [path.name for path in (tmp_path / "checkpoints").glob("memory-*")] == ["memory-4.safetensors"]
+
+
+async def test_an_aggregate_that_is_refused_leaves_model_and_memory_as_they_were() -> None:
+    async with federation(app(stepping({("c1", 1): 2000.0}), rounds={"num_rounds": 3})) as story:
+        history = await story.run("c1", "c2")
+        assert story.told(o.AggregateDiscarded)[0].reason == "more than 1000"
+        # Rounds 2 and 3 alone: 2 * 4, then 2 * 6 and the 2 of round 2.
+        assert story.model()["w"].tolist() == [8 + 12 + 2] * 3
+    assert [record.reason for record in history.rounds] == ["discarded", "min_fit_clients", "min_fit_clients"]
+
+
+async def test_what_a_strategy_refuses_does_not_count_and_leaves_no_trace_at_its_client() -> None:
+    rounds = {"num_rounds": 3, "min_fit_clients": 1, "fraction_fit": 1.0, "grace_s": float("inf")}
+    async with federation(app(stepping({("c1", 1): -1.0}), rounds=rounds | {"min_available_clients": 2})) as story:
+        history = await story.run("c1", "c2")
+    assert [sorted(update.client_id for update in record.folded) for record in history.rounds] == [
+        ["c2"],
+        ["c1", "c2"],
+        ["c1", "c2"],
+    ]
+    assert history.rounds[0].refused == {"c1": "it is negative"}
+    before = {(r.round, u.client_id): u.metrics["before"] for r in history.rounds for u in r.folded}
+    assert before == {(1, "c2"): 0, (2, "c1"): 0, (2, "c2"): 1, (3, "c1"): 1, (3, "c2"): 2}
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({}, "it came without 'seen', which the strategy needs: give it in FitResult.extra"),
+        ({"seen": np.zeros(3, _W), "more": np.zeros(1)}, "the strategy does not ask for 'more'"),
+        ({"seen": np.zeros(4, _W)}, "'seen' came with shape (4,), (3,) is due"),
+        ({"seen": np.zeros(3)}, "'seen' came as <f8, <f4 is due"),
+    ],
+)
+async def test_only_what_the_strategy_asks_for_may_come_beside_the_delta(extra: dict[str, Array], reason: str) -> None:
+    class Wrong(Answering):
+        def fit(self, parameters: Tensors, config: Config) -> FitResult:
+            return FitResult(parameters=parameters, num_examples=1, extra=extra)
+
+    right = {"c2": Answering}
+    rounds = {"min_fit_clients": 1, "min_available_clients": 2, "num_rounds": 1, "grace_s": float("inf")}
+    client_fn: Any = lambda context: right.get(context.client_id, Wrong)(context)  # noqa: E731
+    async with federation(app(client_fn, rounds=rounds)) as story:
+        history = await story.run("c1", "c2")
+    assert reason in history.rounds[0].refused["c1"]
+
+
+async def test_a_tensor_of_any_length_is_bounded_by_its_bytes() -> None:
+    class Notes(Sums):
+        def extras(self, model: Tensors) -> dict[str, ExtraSpec]:
+            return {"seen": ExtraSpec(dtype=np.dtype(_W), max_bytes=12)}
+
+    class Talking(Answering):
+        def fit(self, parameters: Tensors, config: Config) -> FitResult:
+            size = {"c1": 4, "c2": 2}[self.context.client_id]
+            return FitResult(parameters=parameters, num_examples=1, extra={"seen": np.ones(size, _W)})
+
+    rounds = {"min_fit_clients": 1, "min_available_clients": 2, "num_rounds": 1, "grace_s": float("inf")}
+    async with federation(app(Talking, Notes(), rounds=rounds)) as story:
+        history = await story.run("c1", "c2")
+    assert "one dimension, and 12 bytes at most, are due" in history.rounds[0].refused["c1"]
+    assert [update.client_id for update in history.rounds[0].folded] == ["c2"]
+
+
+async def test_personal_tensors_stay_where_they_are() -> None:
+    """Each client's head grows by itself; what is shared is the mean of what they make of it."""
+
+    class Two(Client):
+        def __init__(self, context: ClientContext) -> None:
+            self.context = context
+            self.number = int(context.client_id[1:])
+
+        def fit(self, parameters: Tensors, config: Config) -> FitResult:
+            trained = {name: value + _W(self.number) for name, value in parameters.items()}
+            return FitResult(parameters=trained, num_examples=1)
+
+        def evaluate(self, parameters: Tensors, config: Config) -> EvaluateResult:
+            metrics = {self.context.client_id: float(parameters["head.w"][0])}
+            return EvaluateResult(loss=float(parameters["body.w"][0]), num_examples=1, metrics=metrics)
+
+    model = {"body.w": np.zeros(1, _W), "head.w": np.zeros(1, _W)}
+    rounds = {"min_fit_clients": 2, "num_rounds": 3, "grace_s": float("inf")}
+    async with federation(app_of(Two, initial_parameters=model, personal=["head.*"], rounds=rounds)) as story:
+        history = await story.run("c1", "c2")
+        assert story.model()["head.w"].tolist() == [0.0], "it never left its clients"
+        assert story.model()["body.w"].tolist() == [4.5]
+    assert [update.nbytes for record in history.rounds for update in record.folded] == [4] * 6
+    last = history.rounds[-1].federated  # earlier ones run beside the next fit
+    assert last is not None
+    assert (last.loss, last.metrics) == (4.5, {"c1": 3.0, "c2": 6.0})
+
+
+async def test_clients_stay_for_another_run_and_begin_it_with_nothing_in_mind() -> None:
+    async with federation(app()) as story:
+        first = story.start_server(keeps_clients=True, run_id="first")
+        clients = [story.start_client(name) for name in ("c1", "c2")]
+        assert (await first).finished
+        assert not any(client.done() for client in clients)
+        assert story.server_bus is not None
+        await story.server_bus.close()
+        history = await story.start_server(run_id="second")
+        ended = await asyncio.gather(*clients)
+    assert history.run_id == "second"
+    assert [end.run_id for end in ended if end is not None] == ["second", "second"]
+    assert {update.metrics["before"] for update in history.rounds[0].folded} == {0.0}
+
+
+async def test_virtual_clients_on_workers_cannot_remember() -> None:
+    class Forgetful(Sums):
+        needs_client_memory = True
+
+    async with federation(app(strategy=Forgetful())) as story:
+        with pytest.raises(ConfigError, match="Forgetful needs clients that remember"):
+            story.start_server(virtual_clients=3)
+
+
+async def test_names_of_ours_are_refused_in_a_model() -> None:
+    async with federation(app_of(Answering, initial_parameters={"extra/w": np.zeros(3, _W)})) as story:
+        with pytest.raises(ConfigError, match=r"'extra/w': names that begin with 'extra/' are fedbus's own"):
+            await story.run("c1")
+
+
+async def test_a_long_aggregation_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Sums):
+        def finish(self, state: dict[str, Array], model: Tensors) -> dict[str, Array]:
+            for done in range(1, 5):
+                self.report(done, 4)
+            return super().finish(state, model)
+
+    monkeypatch.setattr(fedbus.server.runtime, "_PROGRESS_EVERY_S", 0.0)
+    async with federation(app(strategy=Slow(), rounds={"num_rounds": 1})) as story:
+        await story.run("c1", "c2")
+        told = [(event.round, event.share) for event in story.told(o.AggregationProgressed)]
+    assert told == [(1, 0.25), (1, 0.5), (1, 0.75), (1, 1.0)]
+
+
+# ---- the client's memory ---------------------------------------------------------------------------------------------
+
+
+def tensors(value: float) -> dict[str, Array]:
+    return {"w": np.full(2, value)}
+
+
+def value_of(memory: Tensors) -> float | None:
+    return float(memory["w"][0]) if memory else None
+
+
+@pytest.fixture(params=[True, False], ids=["on disk", "in memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    return tmp_path / "c1" if request.param else None
+
+
+def test_a_fit_begins_with_what_the_last_one_left_until_that_is_refused(folder: Path | None) -> None:
+    memory = ClientMemory(folder)
+    memory.begin_run("r")
+    memory.keep("1", tensors(1))
+    assert value_of(memory.before("2")) == 1
+    assert value_of(memory.before("1")) is None, "the same task again begins where it began"
+    memory.keep("2", tensors(2))
+    memory.discard("1")
+    assert value_of(memory.before("3")) == 2
+    memory.discard("2")
+    assert value_of(memory.before("3")) is None
+
+
+def test_what_is_settled_stays(folder: Path | None) -> None:
+    memory = ClientMemory(folder)
+    memory.begin_run("r")
+    for number in (1, 2, 3):
+        memory.keep(str(number), tensors(number))
+    memory.settle("2")
+    memory.discard("1")
+    assert value_of(memory.before("4")) == 3
+    memory.discard("3")
+    assert value_of(memory.before("4")) == 2
+    memory.settle("1")
+    assert value_of(memory.before("4")) == 2, "the receipt for an older one came late"
+    memory.begin_run("r")
+    assert value_of(memory.before()) == 2
+    memory.begin_run("another")
+    assert value_of(memory.before()) is None
+
+
+def test_a_process_that_died_goes_on_with_what_was_on_disk(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    memory.begin_run("r")
+    for number in (1, 2, 3):
+        memory.keep(str(number), tensors(number))
+    memory.settle("1")
+    again = ClientMemory(tmp_path)
+    again.begin_run("r")
+    assert value_of(again.before("3")) == 2
+    again.settle("3")
+    third = ClientMemory(tmp_path)
+    assert value_of(third.before()) == 3
+    third.begin_run("another")
+    assert value_of(ClientMemory(tmp_path).before()) is None
+
+
+def test_a_state_folder_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "settled.safetensors").write_bytes(b"what is this?")
+    with pytest.raises(ConfigError, match=r"settled\.safetensors is not a safetensors file"):
+        ClientMemory(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"state folder .*file cannot be used"):
+        ClientMemory(tmp_path / "file")
+    other = tmp_path / "other"
+    other.mkdir()
+    save_model(other / "x.open.safetensors", tensors(1), {})
+    with pytest.raises(ConfigError, match=r"state folder .*other holds something else"):
+        ClientMemory(other)
