@@ -40,6 +40,8 @@ from fedbus.rounds.snapshot import EngineSnapshot, MemberSnapshot, MemberState
 _VIRTUAL_SESSION: Final = "virtual"
 """The session of all virtual clients: whatever process works on their tasks, they are never restarted."""
 
+_DISCARDED: Final = "its round was discarded"
+
 _REMEMBERED_ROUNDS: Final = 20
 """How long the engine itself knows what became of a task that has ended."""
 
@@ -1033,6 +1035,21 @@ class Engine:
             )
         )
 
+    def _refuse_folded(self, folded: c.Folded) -> None:
+        """No model was made of its round: its client must not believe that it counts."""
+        task = self._tasks.get(folded.task_id)
+        if task is not None:
+            task.state, task.failure = TaskState.FAILED, _DISCARDED
+        self._out.append(
+            c.Settle(
+                client_id=folded.client_id,
+                task_id=folded.task_id,
+                delivery=folded.delivery,
+                outcome=Outcome.REFUSED,
+                reason=_DISCARDED,
+            )
+        )
+
     def _committed(self, commit: e.RoundCommitted) -> None:
         round_ = self._round
         assert round_ is not None, "a commit that was not asked for"
@@ -1042,7 +1059,10 @@ class Engine:
         self._committed_rounds += 1
         self._round = None
         for folded in round_.folded:
-            self._settle_folded(folded, Outcome.COMMITTED, round_.number)
+            if is_new_model:
+                self._settle_folded(folded, Outcome.COMMITTED, round_.number)
+            else:
+                self._refuse_folded(folded)
         is_last = round_.number >= self._config.num_rounds
         self._phase = Phase.DRAINING if is_last or self._stop is not None else Phase.WAITING
         if self._phase is Phase.DRAINING:

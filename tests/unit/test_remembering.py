@@ -119,6 +119,9 @@ async def test_an_aggregate_that_is_refused_leaves_model_and_memory_as_they_were
         assert story.told(o.AggregateDiscarded)[0].reason == "more than 1000"
         # Rounds 2 and 3 alone: 2 * 4, then 2 * 6 and the 2 of round 2.
         assert story.model()["w"].tolist() == [8 + 12 + 2] * 3
+        assert len(story.told(o.RefusalArrived, reason="its round was discarded")) == 2
+    before = {(r.round, u.client_id): u.metrics["before"] for r in history.rounds for u in r.folded}
+    assert before[2, "c1"] == before[2, "c2"] == 0, "nor do the clients remember it"
     assert [record.reason for record in history.rounds] == ["discarded", "min_fit_clients", "min_fit_clients"]
 
 
