@@ -8,11 +8,12 @@ from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.mean import StreamingMean
-from fedbus.strategies.step import Step, StepStrategy
+from fedbus.strategies.step import Step
+from fedbus.strategies.weighting import WeightedStrategy
 from fedbus.types import Tensors
 
 
-class FedAvg(StepStrategy):
+class FedAvg(WeightedStrategy):
     """w <- w + sum_k(n_k d_k) / sum_k(n_k), with d_k the delta of client k and n_k its number of examples.
 
     McMahan et al. 2017 (Communication-Efficient Learning of Deep Networks from Decentralized Data), algorithm 1,
@@ -20,10 +21,15 @@ class FedAvg(StepStrategy):
     discount, which is not normalised away: where all updates are late, the model moves less. Exact, in whatever order
     the updates come, in the memory of a few models: `StreamingMean`. `StepStrategy` says what becomes of integer and
     bool tensors.
-    """
 
-    def __repr__(self) -> str:
-        return "FedAvg()"
+    Args:
+        weighting: n_k: "examples", as is usual, "uniform" (each client alike), or a function of the update that gives a
+            number of 0 or more.
+        optimizer: how the server takes the mean as a step; None adds it to the model.
+
+    Raises:
+        ConfigError: when an argument is none of these.
+    """
 
     def check(self, rounds: RoundConfig) -> None:
         if rounds.mixing is not None:
@@ -32,10 +38,11 @@ class FedAvg(StepStrategy):
             )
 
     def init(self, model: Tensors) -> StreamingMean:
-        return StreamingMean(model)
+        return StreamingMean(model, is_fine=callable(self.weighting))
 
     def fold(self, state: StreamingMean, update: ClientUpdate) -> None:
-        state.add(update, factor=update.num_examples * update.discount, weight=update.num_examples)
+        weight = self.weight_of(update)
+        state.add(update, factor=weight * update.discount, weight=weight)
 
     def steps(self, state: StreamingMean, model: Tensors) -> Iterator[Step]:
         return state.steps(model)

@@ -37,11 +37,15 @@ class StreamingMean:
 
     Memory: two models of float32 for the sums, whatever the number of clients, and as much again for those memory
     pages of a tensor where some factor_i d_i is more than 2**17 times the tensor's largest element.
+
+    Args:
+        is_fine: for factors that may be far below 1, whose products would be lost between the grid's points: another
+            50 bits, for two models of float32 more.
     """
 
-    def __init__(self, model: Tensors) -> None:
+    def __init__(self, model: Tensors, *, is_fine: bool = False) -> None:
         self._bools = {name: value.reshape(-1) for name, value in model.items() if value.dtype.kind == "b"}
-        self._means = {name: _Mean(_sum_for(value)) for name, value in model.items()}
+        self._means = {name: _Mean(_sum_for(value, is_fine=is_fine)) for name, value in model.items()}
 
     def add(self, update: ClientUpdate, *, factor: float, weight: float) -> None:
         """Take in one update, whose arrays are not needed afterwards."""
@@ -68,12 +72,12 @@ class StreamingMean:
                 yield from _blocks_of(name, mean, is_complex=value.dtype.kind == "c")
 
 
-def _sum_for(value: Array) -> ExactSum:
+def _sum_for(value: Array, *, is_fine: bool) -> ExactSum:
     if value.dtype.kind in "iub":
         return ExactSum(value.size, 0, is_fine=True)
     parts = [value.real, value.imag] if value.dtype.kind == "c" else [value]
     is_double = value.dtype.itemsize == 8 * len(parts)
-    return ExactSum(value.size * len(parts), _exponent_of(parts) - _GRID_BITS, is_fine=is_double)
+    return ExactSum(value.size * len(parts), _exponent_of(parts) - _GRID_BITS, is_fine=is_fine or is_double)
 
 
 def _exponent_of(parts: list[Array]) -> int:

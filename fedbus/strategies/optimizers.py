@@ -128,6 +128,7 @@ class _Adaptive(ServerOptimizer):
         """Make v that of this round, in place; `square` is d**2."""
 
 
+@dataclass(frozen=True)
 class Adagrad(_Adaptive):
     """v <- v + d^2: FedAdagrad's server half. Reddi et al. 2021 (Adaptive Federated Optimization), algorithm 2.
 
@@ -141,6 +142,9 @@ class Adagrad(_Adaptive):
         initial_v: what v is before the first round; None means tau**2, the least that the paper allows. Some
             implementations begin at 0.
     """
+
+    _: KW_ONLY
+    beta_1: float = 0.0
 
     def _take_second(self, v: Block, square: Block) -> None:
         v += square

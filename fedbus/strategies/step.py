@@ -100,7 +100,7 @@ class _Slot:
     def read(self, at: slice) -> NDArray[np.float64]:
         """Some elements, as they were after the last round; a copy."""
         if self._last is None:
-            return np.full(at.stop - at.start, self._start)
+            return np.full(at.stop - at.start, self._start, np.float64)
         return self._last[at].astype(np.float64)
 
     def write(self, at: slice, values: NDArray[np.float64]) -> None:

@@ -1,0 +1,59 @@
+"""What an update counts in a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, Literal, TypeAlias
+
+from fedbus.errors import ClientCodeError, ConfigError
+from fedbus.strategies.base import ClientUpdate
+from fedbus.strategies.optimizers import SGD, ServerOptimizer
+from fedbus.strategies.step import StepStrategy
+
+Weighting: TypeAlias = Literal["examples", "uniform"] | Callable[[ClientUpdate], float]
+"""By `num_examples`, each alike, or what a function says: it sees all but the tensors, which are to be read once."""
+
+MAX_WEIGHT: Final = 2.0**64
+"""Sums of weights stay finite, whatever a function says."""
+
+
+class WeightedStrategy(StepStrategy):
+    """A strategy whose updates weigh: by their examples, alike, or as a function says."""
+
+    usual_weighting: ClassVar[Literal["examples", "uniform"]] = "examples"
+
+    def __init__(self, *, weighting: Weighting | None = None, optimizer: ServerOptimizer | None = None) -> None:
+        super().__init__(optimizer=optimizer)
+        self.weighting: Weighting = self.usual_weighting if weighting is None else weighting
+        if not (self.weighting in ("examples", "uniform") or callable(self.weighting)):
+            raise ConfigError(f"weighting must be 'examples', 'uniform' or a function of an update, not {weighting!r}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._settings())})"
+
+    def _settings(self) -> list[str]:
+        """What is not as usual, for the repr."""
+        weighting = self.weighting if isinstance(self.weighting, str) else _name_of(self.weighting)
+        settings = [] if weighting == self.usual_weighting else [f"weighting={weighting}"]
+        return settings if self.optimizer == SGD() else [*settings, f"optimizer={self.optimizer}"]
+
+    def weight_of(self, update: ClientUpdate) -> float:
+        """What `update` weighs, before its discount. Raises `ClientCodeError` for what cannot be a weight."""
+        if self.weighting == "examples":
+            return update.num_examples
+        if self.weighting == "uniform":
+            return 1
+        weight = self.weighting(update)
+        try:
+            number = float(weight)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 <= number <= MAX_WEIGHT:  # not so with NaN
+            raise ClientCodeError(
+                f"weighting gave {weight!r} for client {update.client_id}: return a number from 0 to 2**64"
+            )
+        return number
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
