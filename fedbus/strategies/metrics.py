@@ -9,6 +9,13 @@ from fedbus.strategies.exact import smallest_units
 from fedbus.types import Metrics
 
 
+def reported(metrics: Metrics, name: str) -> float | None:
+    """The metric `name` as a finite number; None when it is missing, or something else."""
+    value = metrics.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None  # type: ignore[arg-type]  # is_number
+
+
 def weighted_mean(reports: Iterable[tuple[int, Metrics]]) -> dict[str, float]:
     """Mean of each numeric metric over the clients that report it, weighted by their num_examples.
 
