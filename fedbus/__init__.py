@@ -34,6 +34,18 @@ if TYPE_CHECKING:
     from fedbus.strategies.fedasync import FedAsync as FedAsync
     from fedbus.strategies.fedavg import FedAvg as FedAvg
     from fedbus.strategies.fedbuff import FedBuff as FedBuff
+    from fedbus.strategies.fednova import FedNova as FedNova
+    from fedbus.strategies.fedopt import FedAdagrad as FedAdagrad
+    from fedbus.strategies.fedopt import FedAdam as FedAdam
+    from fedbus.strategies.fedopt import FedAvgM as FedAvgM
+    from fedbus.strategies.fedopt import FedOpt as FedOpt
+    from fedbus.strategies.fedopt import FedYogi as FedYogi
+    from fedbus.strategies.optimizers import SGD as SGD
+    from fedbus.strategies.optimizers import Adagrad as Adagrad
+    from fedbus.strategies.optimizers import Adam as Adam
+    from fedbus.strategies.optimizers import Momentum as Momentum
+    from fedbus.strategies.optimizers import Yogi as Yogi
+    from fedbus.strategies.qfedavg import QFedAvg as QFedAvg
     from fedbus.training.base import Client as Client
     from fedbus.training.base import ClientContext as ClientContext
     from fedbus.training.base import NumPyClient as NumPyClient
@@ -57,6 +69,18 @@ _HOMES = {
     "FedAsync": "strategies.fedasync",
     "FedAvg": "strategies.fedavg",
     "FedBuff": "strategies.fedbuff",
+    "Adagrad": "strategies.optimizers",
+    "Adam": "strategies.optimizers",
+    "FedAdagrad": "strategies.fedopt",
+    "FedAdam": "strategies.fedopt",
+    "FedAvgM": "strategies.fedopt",
+    "FedNova": "strategies.fednova",
+    "FedOpt": "strategies.fedopt",
+    "FedYogi": "strategies.fedopt",
+    "Momentum": "strategies.optimizers",
+    "QFedAvg": "strategies.qfedavg",
+    "SGD": "strategies.optimizers",
+    "Yogi": "strategies.optimizers",
     "FedbusError": "errors",
     "FitResult": "types",
     "History": "server.history",
