@@ -31,7 +31,7 @@ from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Ledger
 from fedbus.server.staging import StagedUpdate
 from fedbus.tensorfile import load_model, save_model
-from fedbus.types import Tensors
+from fedbus.types import ExtraSpec, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.arrays import TensorSpec, check_schema, payload_bytes
 from fedbus.wire.codec import decode, encode
@@ -125,6 +125,11 @@ def _parted(data: bytes) -> None:
 # ---- hostile updates -> intake ---------------------------------------------------------------------------------------
 
 _MODEL: Final[Tensors] = {"w": np.zeros(40_000, np.float32), "b": np.zeros(3)}
+_BESIDE: Final[Tensors] = {"extra/seen": np.zeros(2, np.int64), "extra/note": np.zeros(10, np.uint8)}
+_EXTRAS: Final = {
+    "seen": ExtraSpec(dtype=np.dtype("<i8"), shape=(2,)),
+    "note": ExtraSpec(dtype=np.dtype("|u1"), max_bytes=64),
+}
 _DIVERGED: Final[Tensors] = {"w": np.full(40_000, np.nan, np.float32)}
 _USERS: Final = ("fed.c1", "fed.c2", "fed.m1", "fed.worker", "fed.server", "other", None)
 
@@ -160,7 +165,7 @@ class _Engine:
 
 
 def _update(client_id: str, transfer: str, part_bytes: int = 1 << 16, delta: Tensors = _MODEL) -> list[m.Message]:
-    outgoing = Outgoing(delta, part_bytes)
+    outgoing = Outgoing({**delta, **_BESIDE}, part_bytes)
     payloads = [b"".join(outgoing.part(index)) for index in range(outgoing.parts)]
     head = m.Update(
         client_id=client_id, task_id=f"task of {client_id}", run_id="r", transfer=transfer, version=0, num_examples=1,
@@ -182,7 +187,9 @@ _UPDATES: Final = [
 _MUTATIONS: Final[tuple[dict[str, Any], ...]] = (
     {}, {}, {}, {"checksum": 5}, {"num_examples": -1}, {"num_examples": 1 << 50}, {"part_bytes": 64}, {"schema": ()},
     {"part_bytes": 1 << 20}, {"task_id": "another"}, {"run_id": "another"}, {"payload": b""}, {"index": 0},
-    {"index": 1 << 40}, {"transfer": "z"}, {"metrics": {"a" * 200 + str(i): "b" * 4000 for i in range(5)}},
+    {"index": 1 << 40}, {"transfer": "z"}, {"schema": Outgoing({**_BESIDE, **_MODEL}).schema},
+    {"schema": Outgoing({**_MODEL, "extra/note": np.zeros(65, np.uint8)}).schema},
+    {"metrics": {"a" * 200 + str(i): "b" * 4000 for i in range(5)}},
 )  # fmt: skip
 
 
@@ -219,7 +226,7 @@ async def _take_in(data: bytes) -> None:
         consumer, _Engine(), identity, Guard(MemoryBroker().connect("fed.server"), identity, told.append),  # type: ignore[arg-type]
         run_id="r", put=told.append, verify=_take_it, grant=lambda client_id, task_id: None, stalled_after_s=60,
     )  # fmt: skip
-    intake.expect(_MODEL, {})
+    intake.expect(_MODEL, _EXTRAS)
     with contextlib.suppress(BrokerClosed):
         await intake.receive()
     for event in told:
