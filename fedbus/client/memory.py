@@ -41,6 +41,10 @@ class ClientMemory:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._load(folder)
 
+    @property
+    def is_on_disk(self) -> bool:
+        return self._folder is not None
+
     def __repr__(self) -> str:
         return f"<ClientMemory run={self._run_id!r} settled={len(self._settled)} open={list(self._open)}>"
 
@@ -61,24 +65,27 @@ class ClientMemory:
         return dict(others[-1] if others else self._settled)
 
     def keep(self, task_id: str, tensors: Tensors) -> None:
-        """Note what the fit for `task_id` left, until it is settled."""
+        """Note what the fit for `task_id` left, until it is settled; on disk, durably: not on the event loop then."""
         self._forget(task_id)
         if not tensors and not self.before(task_id):
             return
         self._number += 1
         self._open[task_id] = self._number, dict(tensors)
-        self._save(f"{self._number}{_SUFFIX}", tensors, task_id)
+        if self._folder is not None:
+            with _using(self._folder):
+                metadata = {"run_id": self._run_id, "task_id": task_id}
+                save_model(self._folder / f"{self._number}{_SUFFIX}", tensors, metadata)
 
     def settle(self, task_id: str) -> None:
         """The server counts this fit: what it left is what there is, and older ones have no more to say."""
         if task_id not in self._open:
             return
-        _, self._settled = self._open[task_id]
-        self._save(_SETTLED, self._settled, task_id)
-        for older in list(self._open):
-            self._forget(older)
-            if older == task_id:
-                break
+        while next(iter(self._open)) != task_id:
+            self._forget(next(iter(self._open)))
+        number, self._settled = self._open.pop(task_id)
+        if self._folder is not None:
+            with _using(self._folder):
+                (self._folder / f"{number}{_SUFFIX}").replace(self._folder / _SETTLED)
 
     def discard(self, task_id: str) -> None:
         """The server does not count this fit."""
@@ -89,11 +96,6 @@ class ClientMemory:
         if number and self._folder is not None:
             with _using(self._folder):
                 (self._folder / f"{number}{_SUFFIX}").unlink(missing_ok=True)
-
-    def _save(self, name: str, tensors: Tensors, task_id: str) -> None:
-        if self._folder is not None:
-            with _using(self._folder):
-                save_model(self._folder / name, tensors, {"run_id": self._run_id, "task_id": task_id})
 
     def _load(self, folder: Path) -> None:
         if (folder / _SETTLED).exists():

@@ -536,8 +536,15 @@ class ClientRuntime:
         finally:
             still_here.cancel()
         if self._is_wanted(task):
-            self._memory.keep(task.task_id, trained.memory)
+            await self._remember(task, trained)
             await self._upload(task, trained)
+
+    async def _remember(self, task: m.FitTask, trained: Trained) -> None:
+        """Before it is sent: its receipt may come at any time from then on."""
+        if self._memory.is_on_disk:
+            await asyncio.to_thread(self._memory.keep, task.task_id, trained.memory)
+        else:
+            self._memory.keep(task.task_id, trained.memory)
 
     def _is_wanted(self, task: m.FitTask) -> bool:
         """Whether its run goes on, and it is not too late for it."""
