@@ -537,7 +537,10 @@ class ClientRuntime:
             still_here.cancel()
         if self._is_wanted(task):
             await self._remember(task, trained)
+        if self._is_wanted(task):
             await self._upload(task, trained)
+        else:
+            self._memory.discard(task.task_id)
 
     async def _remember(self, task: m.FitTask, trained: Trained) -> None:
         """Before it is sent: its receipt may come at any time from then on."""
