@@ -30,3 +30,10 @@ def decay(name: str, value: float) -> float:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(name: str, value: int, *, least: int) -> int:
+    """`value`. Raises `ConfigError` unless it is a whole number, `least` or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of {least} or more, not {value!r}")
+    return value
