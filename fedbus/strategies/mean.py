@@ -47,19 +47,23 @@ class StreamingMean:
         self._bools = {name: value.reshape(-1) for name, value in model.items() if value.dtype.kind == "b"}
         self._means = {name: _Mean(_sum_for(value, is_fine=is_fine)) for name, value in model.items()}
 
-    def add(self, update: ClientUpdate, *, factor: float, weight: float) -> None:
-        """Take in one update, whose arrays are not needed afterwards."""
+    def add(self, update: ClientUpdate, *, factor: float, weight: float, whole_factor: float | None = None) -> None:
+        """Take in one update, whose arrays are not needed afterwards.
+
+        `whole_factor`: factor_i for integers and bools, where it is another one.
+        """
         begun = set()
         for name, start, values in update.pieces():
             mean = self._means[name]
+            own = factor if whole_factor is None or values.dtype.kind not in "iub" else whole_factor
             if name not in begun:
                 begun.add(name)
-                mean.begin(factor if name in self._bools else weight)
+                mean.begin(own if name in self._bools else weight)
             if values.dtype.kind == "c":
                 start, values = 2 * start, _as_real(values)
             elif name in self._bools:
                 values = _votes(self._bools[name][start : start + values.size], values)
-            mean.total.add(start, values, factor)
+            mean.total.add(start, values, own)
 
     def steps(self, model: Tensors) -> Iterator[Step]:
         """The mean of each tensor that somebody sent, block by block; to be called once, for the sums go on the way.

@@ -25,20 +25,21 @@ def squared_norm(update: ClientUpdate) -> float:
 
 
 def _squares(pieces: Iterable[Piece]) -> Iterator[float]:
-    for values in _runs(pieces):
+    for _, _, values in runs(pieces):
         wide = values.astype(np.float64)
         yield float(np.add.reduce(np.multiply(wide, wide, out=wide)))
 
 
-def _runs(pieces: Iterable[Piece]) -> Iterator[Array]:
-    """The elements of each tensor in runs of `_RUN`, the last of each tensor shorter; complex ones as real pairs."""
+def runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The reals of each floating or complex tensor in runs of `_RUN`, the last of each tensor shorter, however the
+    tensors were cut; complex ones are real pairs, and are counted as such."""
     rest: Array | None = None
-    last = ""
+    last, start = "", 0
     for name, _, values in pieces:
-        if rest is not None and name != last:
-            yield rest
-            rest = None
-        last = name
+        if name != last:
+            if rest is not None:
+                yield last, start, rest
+            rest, last, start = None, name, 0
         if values.dtype.kind in "iub":
             continue
         flat = np.ascontiguousarray(values).view(values.real.dtype) if values.dtype.kind == "c" else values
@@ -47,9 +48,12 @@ def _runs(pieces: Iterable[Piece]) -> Iterator[Array]:
             rest, flat = np.concatenate([rest, flat[:wanted]]), flat[wanted:]
             if rest.size < _RUN:
                 continue
-            yield rest
+            yield name, start, rest
+            start += _RUN
         whole = flat.size - flat.size % _RUN
-        yield from (flat[start : start + _RUN] for start in range(0, whole, _RUN))
+        for at in range(0, whole, _RUN):
+            yield name, start, flat[at : at + _RUN]
+            start += _RUN
         rest = flat[whole:].copy() if whole < flat.size else None
     if rest is not None:
-        yield rest
+        yield last, start, rest
