@@ -1,0 +1,81 @@
+"""Bulyan: Krum, and then a trimmed mean of what it selects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedbus.strategies.gram import gram_matrix, squared_distances
+from fedbus.strategies.krum import krum_scores
+from fedbus.strategies.optimizers import ServerOptimizer
+from fedbus.strategies.order import middle, row_means
+from fedbus.strategies.settings import whole
+from fedbus.strategies.spool import Block, Spool
+from fedbus.strategies.spooled import SpooledStrategy, discounts_of, stepped
+from fedbus.strategies.step import Step
+from fedbus.types import Array, Tensors
+
+
+class Bulyan(SpooledStrategy):
+    """Krum selects n - 2f updates, one after the other; each coordinate takes the mean of the n - 4f of them that are
+    nearest to their median.
+
+    El Mhamdi et al. 2018 (The Hidden Vulnerability of Distributed Learning in Byzantium), section 4, with Krum; it
+    bears f hostile updates of n >= 4f + 3. After each selection scores are taken anew among those that remain, of the
+    n' - f - 2 nearest of n' (of one at least). Ties go to the first by (client_id, task_id), and to the smaller values.
+    Of the selected only those that hold a tensor count for it, and 2f of them are left out there, too. For distances
+    and discounts see `Krum`.
+
+    Args:
+        f: hostile updates in a round, at most.
+        optimizer: takes the step.
+
+    Raises:
+        ConfigError: when `f` is no whole number of 0 or more.
+    """
+
+    reads = 2
+
+    def __init__(self, f: int, *, optimizer: ServerOptimizer | None = None) -> None:
+        super().__init__(optimizer=optimizer)
+        self.f = whole("f", f, least=0)
+
+    def _settings(self) -> list[str]:
+        return [f"f={self.f}"]
+
+    @property
+    def needed(self) -> tuple[int, str]:
+        return 4 * self.f + 3, f"4f + 3 = {4 * self.f + 3} updates"
+
+    def reduced(self, spool: Spool, model: Tensors) -> Iterator[Step]:
+        chosen = bulyan_selection(squared_distances(gram_matrix(spool)), self.f)
+        spool.expect(len(spool) + len(chosen))
+        discounts = discounts_of(spool.updates())
+
+        def work(block: Block) -> NDArray[np.float64]:
+            block.discount(discounts)
+            columns = block.columns_sorted()
+            return near_median(columns, max(columns.shape[1] - 2 * self.f, 1))
+
+        return stepped(spool, model, work, rows=chosen)
+
+
+def bulyan_selection(distances: NDArray[np.float64], f: int) -> list[int]:
+    """The n - 2f rows that Krum takes one after the other, in ascending order."""
+    remaining, chosen = list(range(len(distances))), []
+    for _ in range(len(distances) - 2 * f):
+        scores = krum_scores(distances[np.ix_(remaining, remaining)], f)
+        chosen.append(remaining.pop(int(np.argmin(scores))))
+    return sorted(chosen)
+
+
+def near_median(columns: Array, count: int) -> NDArray[np.float64]:
+    """The mean of the `count` values of each row that are nearest to its median; the rows ascend."""
+    median = middle(columns)
+    firsts = np.arange(columns.shape[1] - count + 1)
+    # The nearest lie side by side; the further end of a run says how near it is as a whole.
+    reach = np.stack([np.maximum(median - columns[:, k], columns[:, k + count - 1] - median) for k in firsts])
+    at = np.argmin(reach, axis=0)[:, None] + np.arange(count)
+    return row_means(np.take_along_axis(columns, at, axis=1))
