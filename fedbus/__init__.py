@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fedbus.simulation.virtual_time import VirtualTime as VirtualTime
     from fedbus.strategies.base import ClientUpdate as ClientUpdate
     from fedbus.strategies.base import Strategy as Strategy
+    from fedbus.strategies.bulyan import Bulyan as Bulyan
+    from fedbus.strategies.clipping import CentredClipping as CentredClipping
     from fedbus.strategies.fedasync import FedAsync as FedAsync
     from fedbus.strategies.fedavg import FedAvg as FedAvg
     from fedbus.strategies.fedbuff import FedBuff as FedBuff
@@ -40,12 +42,20 @@ if TYPE_CHECKING:
     from fedbus.strategies.fedopt import FedAvgM as FedAvgM
     from fedbus.strategies.fedopt import FedOpt as FedOpt
     from fedbus.strategies.fedopt import FedYogi as FedYogi
+    from fedbus.strategies.fltrust import FLTrust as FLTrust
+    from fedbus.strategies.geometric import GeometricMedian as GeometricMedian
+    from fedbus.strategies.krum import Krum as Krum
+    from fedbus.strategies.krum import MultiKrum as MultiKrum
+    from fedbus.strategies.norm_bound import NormBound as NormBound
     from fedbus.strategies.optimizers import SGD as SGD
     from fedbus.strategies.optimizers import Adagrad as Adagrad
     from fedbus.strategies.optimizers import Adam as Adam
     from fedbus.strategies.optimizers import Momentum as Momentum
     from fedbus.strategies.optimizers import Yogi as Yogi
+    from fedbus.strategies.order import Median as Median
+    from fedbus.strategies.order import TrimmedMean as TrimmedMean
     from fedbus.strategies.qfedavg import QFedAvg as QFedAvg
+    from fedbus.strategies.whole import WholeRound as WholeRound
     from fedbus.training.base import Client as Client
     from fedbus.training.base import ClientContext as ClientContext
     from fedbus.training.base import NumPyClient as NumPyClient
@@ -81,6 +91,16 @@ _HOMES = {
     "QFedAvg": "strategies.qfedavg",
     "SGD": "strategies.optimizers",
     "Yogi": "strategies.optimizers",
+    "Bulyan": "strategies.bulyan",
+    "CentredClipping": "strategies.clipping",
+    "FLTrust": "strategies.fltrust",
+    "GeometricMedian": "strategies.geometric",
+    "Krum": "strategies.krum",
+    "Median": "strategies.order",
+    "MultiKrum": "strategies.krum",
+    "NormBound": "strategies.norm_bound",
+    "TrimmedMean": "strategies.order",
+    "WholeRound": "strategies.whole",
     "FedbusError": "errors",
     "FitResult": "types",
     "History": "server.history",
