@@ -56,8 +56,10 @@ class ExactSum:
         self._filled = size  # of the present round
         self._unsettled = 0  # rounds whose _MAGIC is still in the dense levels
         self._exponent = max(unit_exponent, _LOWEST_UNIT)
+        self._per_unit = 2.0**-self._exponent
         self._main = 1 if is_fine else 0
         self._dense = self._main + 1
+        self._magics = [np.float64(self._magic(level)) for level in range(self._dense)]
         # Filled, not np.zeros: their pages are there before the first update is, not one by one while it waits.
         self._levels = {level: np.full(size, 0, np.int64) for level in range(self._dense)}
         self._spoiled: NDArray[np.bool_] | None = None
@@ -75,10 +77,10 @@ class ExactSum:
         assert start == self._filled, "the elements of a round come in order"
         assert start + values.size <= self.size
         self._filled += values.size
-        scratch = _scratch(self._dense)
+        rows = _scratch(self._dense)
         with np.errstate(over="ignore", invalid="ignore"):
-            for block in blocks(values.size):
-                self._add_block(start + block.start, values[block], weight, scratch[:, : block.stop - block.start])
+            for first in range(0, values.size, BLOCK):
+                self._add_block(start + first, values[first : first + BLOCK], weight, rows)
 
     def totals(self) -> Iterator[tuple[slice, NDArray[np.float64]]]:
         """The sum, block by block: the float64 nearest to it, or within some units in the last place for sums whose
@@ -89,30 +91,31 @@ class ExactSum:
 
     # ---- adding --------------------------------------------------------------------------------------------------
 
-    def _add_block(self, start: int, part: Array, weight: float, scratch: NDArray[np.float64]) -> None:
-        wide = scratch[0]
-        scale = weight * 2.0**-self._exponent
+    def _add_block(self, start: int, part: Array, weight: float, rows: list[NDArray[np.float64]]) -> None:
+        wide, scale = rows[0][: part.size], weight * self._per_unit
         if part.dtype == np.float64:
-            np.multiply(part, scale, out=wide)
+            np.multiply(part, scale, wide)
         else:
-            np.copyto(wide, part, casting="unsafe")  # bfloat16 has no arithmetic with float64 of its own
-            np.multiply(wide, scale, out=wide)
+            np.copyto(wide, part, casting="unsafe")  # bfloat16 has no arithmetic with float64; ufuncs cast more slowly
+            np.multiply(wide, scale, wide)
         # Narrow values are read faster, and the largest of them makes the largest product.
-        is_ordinary = (_peak(part) * scale if part.dtype == np.float32 else _peak(wide)) < _REACH
-        if not is_ordinary:
+        peak = _peak(part) * scale if part.dtype == np.float32 else _peak(wide)
+        if not peak < _REACH:  # nan is not
             self._take_large(start, part, weight, wide)
-        self._add_rounded(start, wide, scratch[-1])
+        at = slice(start, start + part.size)
+        if self._main:
+            self._take_rest(at, wide, rows[1][: part.size])
+        np.add(wide, self._magics[0], wide)
+        total = self._levels[0][at]
+        np.add(total, wide.view(np.int64), total)
 
-    def _add_rounded(self, start: int, wide: NDArray[np.float64], spare: NDArray[np.float64]) -> None:
-        """Add `wide`, in units of the main level and below its reach, to the dense levels; both arrays are used up."""
-        for level in range(self._main, -1, -1):
-            magic = self._magic(level)
-            rounded = np.add(wide, magic, out=spare if level else wide)
-            total = self._levels[level][start : start + wide.size]
-            np.add(total, rounded.view(np.int64), out=total)
-            if level:
-                np.subtract(rounded, magic, out=rounded)
-                np.subtract(wide, rounded, out=wide)
+    def _take_rest(self, at: slice, wide: NDArray[np.float64], rounded: NDArray[np.float64]) -> None:
+        """Add what the main level takes of `wide`, and leave there what is finer."""
+        magic, total = self._magics[1], self._levels[1][at]
+        np.add(wide, magic, rounded)
+        np.add(total, rounded.view(np.int64), total)
+        np.subtract(rounded, magic, rounded)
+        np.subtract(wide, rounded, wide)
 
     def _take_large(self, start: int, part: Array, weight: float, wide: NDArray[np.float64]) -> None:
         """Move what the main level cannot take from `wide` to the levels above, and leave the rest of it there.
@@ -211,12 +214,11 @@ class ExactSum:
         return total
 
 
-def _scratch(levels: int) -> NDArray[np.float64]:
+def _scratch(levels: int) -> list[NDArray[np.float64]]:
     """So many rows of a block, of no particular content; the next call in this thread gives the same memory."""
-    scratch: NDArray[np.float64] | None = getattr(_SCRATCH, "rows", None)
-    if scratch is None or scratch.shape[0] < levels:
-        scratch = _SCRATCH.rows = np.empty((levels, BLOCK))
-    return scratch[:levels]
+    rows: list[NDArray[np.float64]] = _SCRATCH.__dict__.setdefault("rows", [])
+    rows += (np.empty(BLOCK) for _ in range(levels - len(rows)))
+    return rows
 
 
 def blocks(size: int, most: int = BLOCK) -> Iterator[slice]:
