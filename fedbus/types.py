@@ -96,4 +96,12 @@ def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     raise ConfigError(f"dtype {dtype} cannot be part of a model: use one of {allowed}")
 
 
+def kept_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """Return the dtype in which a method keeps what goes with a tensor of `dtype` (momentum, control variates): float32
+    at least; None for integer and bool tensors, which have no gradient."""
+    if delta_dtype(dtype).kind in "iu":
+        return None
+    return np.dtype(np.float32) if dtype.itemsize < 4 else dtype.newbyteorder("=")
+
+
 _FLOATING = frozenset(map(np.dtype, ("f2", "f4", "f8", "c8", "c16", ml_dtypes.bfloat16)))
