@@ -12,7 +12,7 @@ import numpy as np
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.exact import ExactSum, from_smallest_units, smallest_units
 from fedbus.strategies.step import Step
-from fedbus.types import Array, Tensors
+from fedbus.types import Array, Piece, Tensors
 
 _GRID_BITS: Final = 34
 """A mean is exact to 2**-35 of the tensor's largest element, or of 1 where that is larger: ten bits beyond float32's
@@ -52,8 +52,14 @@ class StreamingMean:
 
         `whole_factor`: factor_i for integers and bools, where it is another one.
         """
+        self.add_pieces(update.pieces(), factor=factor, weight=weight, whole_factor=whole_factor)
+
+    def add_pieces(
+        self, pieces: Iterator[Piece], *, factor: float, weight: float, whole_factor: float | None = None
+    ) -> None:
+        """Take in tensors of one update, its delta or others."""
         begun = set()
-        for name, start, values in update.pieces():
+        for name, start, values in pieces:
             mean = self._means[name]
             own = factor if whole_factor is None or values.dtype.kind not in "iub" else whole_factor
             if name not in begun:

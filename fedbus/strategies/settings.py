@@ -28,6 +28,13 @@ def decay(name: str, value: float) -> float:
     return value
 
 
+def count(name: str, value: int) -> int:
+    """`value`. Raises `ConfigError` unless it is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of 1 or more, not {value!r}")
+    return value
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
