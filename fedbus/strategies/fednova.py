@@ -15,7 +15,7 @@ from fedbus.strategies.metrics import reported
 from fedbus.strategies.settings import decay
 from fedbus.strategies.step import Step
 from fedbus.strategies.weighting import WeightedStrategy
-from fedbus.types import Tensors
+from fedbus.types import Config, Tensors
 
 METRIC: Final = "a_norm"
 """Under which a client reports ||a_k||_1."""
@@ -51,6 +51,9 @@ class FedNova(WeightedStrategy):
         weighting: n_k, as in `FedAvg`.
         optimizer: how the server takes the step; None adds it to the model.
     """
+
+    def fit_config(self, round: int) -> Config:
+        return {"fednova": True}
 
     def verify(self, update: ClientUpdate) -> None:
         norm = reported(update.metrics, METRIC)
