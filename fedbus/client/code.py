@@ -53,6 +53,7 @@ class UserCode:
     def __init__(self, app: App, context: ClientContext, caller: Caller) -> None:
         self._app = app
         self._context = context
+        context.is_personal = app.is_personal
         self._caller = caller
         self._client: Client | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -28,6 +28,7 @@ class ClientContext:
             there counts once the server has committed its update, and is dropped when that is refused; it is empty
             when a run begins. Assign new arrays, and do not write into old ones.
         broadcast: tensors that came with the model, by the strategy's names; read-only.
+        is_personal: whether a tensor of that name stays with this client, as the app says.
     """
 
     client_id: str
@@ -37,6 +38,7 @@ class ClientContext:
     config: Config = field(default_factory=dict)
     memory: dict[str, Array] = field(default_factory=dict)
     broadcast: Tensors = field(default_factory=dict)
+    is_personal: Callable[[str], bool] = lambda name: False
     _cancelled: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
 
     @property
