@@ -53,6 +53,8 @@ from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
 
 _JOIN_EVERY_S = (0.5, 5.0)
+_JOIN_AGAIN_S = 0.05
+"""The server of a run that follows another one is about to come."""
 _GOODBYE_PATIENCE_S = 3.0
 _TAKEN_PATIENCE_S = 5.0
 _INBOX_PREFETCH = 1000
@@ -271,12 +273,14 @@ class ClientRuntime:
     # ---- presence ------------------------------------------------------------------------------------------------
 
     async def _stay_present(self) -> None:
+        first_s = _JOIN_EVERY_S[0]
         while True:
-            await self._become_member()
+            await self._become_member(first_s)
             await self._show_signs_of_life()
+            first_s = _JOIN_AGAIN_S
 
-    async def _become_member(self) -> None:
-        for pause_s in self._pauses():
+    async def _become_member(self, first_s: float) -> None:
+        for pause_s in self._pauses(first_s):
             await self._ask_to_join(pause_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
@@ -303,12 +307,12 @@ class ClientRuntime:
             with contextlib.suppress(PublishUnconfirmed):  # the next one says the same
                 await self._bus.publish(CONTROL, self._client_id, encode(heartbeat), expires_s=self._lease_s)
 
-    def _pauses(self) -> Iterator[float]:
+    def _pauses(self, first_s: float = _JOIN_EVERY_S[0]) -> Iterator[float]:
         """Seconds between two questions to a server that does not answer: longer and longer, without end."""
-        pause_s, longest_s = _JOIN_EVERY_S
+        pause_s = first_s
         while True:
             yield pause_s * self._jitter.uniform(0.8, 1.2)
-            pause_s = min(longest_s, 1.5 * pause_s)
+            pause_s = min(_JOIN_EVERY_S[1], 1.5 * pause_s)
 
     async def _ask_to_join(self, pause_s: float) -> None:
         join = m.Join(client_id=self._client_id, session=self._session)
