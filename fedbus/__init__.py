@@ -33,15 +33,18 @@ if TYPE_CHECKING:
     from fedbus.strategies.base import Strategy as Strategy
     from fedbus.strategies.bulyan import Bulyan as Bulyan
     from fedbus.strategies.clipping import CentredClipping as CentredClipping
+    from fedbus.strategies.ditto import Ditto as Ditto
     from fedbus.strategies.fedasync import FedAsync as FedAsync
     from fedbus.strategies.fedavg import FedAvg as FedAvg
     from fedbus.strategies.fedbuff import FedBuff as FedBuff
+    from fedbus.strategies.feddyn import FedDyn as FedDyn
     from fedbus.strategies.fednova import FedNova as FedNova
     from fedbus.strategies.fedopt import FedAdagrad as FedAdagrad
     from fedbus.strategies.fedopt import FedAdam as FedAdam
     from fedbus.strategies.fedopt import FedAvgM as FedAvgM
     from fedbus.strategies.fedopt import FedOpt as FedOpt
     from fedbus.strategies.fedopt import FedYogi as FedYogi
+    from fedbus.strategies.fedprox import FedProx as FedProx
     from fedbus.strategies.fltrust import FLTrust as FLTrust
     from fedbus.strategies.geometric import GeometricMedian as GeometricMedian
     from fedbus.strategies.krum import Krum as Krum
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from fedbus.strategies.order import Median as Median
     from fedbus.strategies.order import TrimmedMean as TrimmedMean
     from fedbus.strategies.qfedavg import QFedAvg as QFedAvg
+    from fedbus.strategies.scaffold import Scaffold as Scaffold
     from fedbus.strategies.whole import WholeRound as WholeRound
     from fedbus.training.base import Client as Client
     from fedbus.training.base import ClientContext as ClientContext
@@ -84,12 +88,16 @@ _HOMES = {
     "FedAdagrad": "strategies.fedopt",
     "FedAdam": "strategies.fedopt",
     "FedAvgM": "strategies.fedopt",
+    "Ditto": "strategies.ditto",
+    "FedDyn": "strategies.feddyn",
     "FedNova": "strategies.fednova",
     "FedOpt": "strategies.fedopt",
+    "FedProx": "strategies.fedprox",
     "FedYogi": "strategies.fedopt",
     "Momentum": "strategies.optimizers",
     "QFedAvg": "strategies.qfedavg",
     "SGD": "strategies.optimizers",
+    "Scaffold": "strategies.scaffold",
     "Yogi": "strategies.optimizers",
     "Bulyan": "strategies.bulyan",
     "CentredClipping": "strategies.clipping",
