@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import sqlite3
 import threading
 from collections import Counter
@@ -44,6 +45,11 @@ def cut(payload: memoryview, part_bytes: int = PART_BYTES) -> list[memoryview]:
     """The parts of `payload`."""
     return [payload[i * part_bytes : (i + 1) * part_bytes] for i in range(part_count(payload.nbytes, part_bytes))]
 
+
+HEART_DISEASE = Path(
+    os.environ.get("FEDBUS_HEART_DISEASE") or Path(__file__).parents[1].parent / "shared/data/heart_disease"
+)
+"""The files of `fedbus.data.heart_disease`, which come with no package: tests that need them skip without."""
 
 QUICK: dict[str, Any] = {"num_rounds": 2, "heartbeat_s": 0.05, "lease_s": 2.0, "timeout_s": 30.0}
 """Round settings for tests: short heartbeats, no short timeouts."""

@@ -228,17 +228,14 @@ class _Federation:
                 if server.returncode is not None:
                     raise self._server_failed()
                 if deserted.done():
-                    raise RunFailed(f"a client ended in the middle of the measurement: {self._last_client_words()}")
+                    words = last_words(self._folder / "logs")
+                    raise RunFailed(f"a client ended in the middle of the measurement: {words}")
                 await asyncio.sleep(_POLL_S)
         finally:
             deserted.cancel()
 
     def _server_failed(self) -> RunFailed:
         return RunFailed(f"the server of the measurement failed: {_last_line(self._folder / 'server.out')}")
-
-    def _last_client_words(self) -> str:
-        words = (_last_line(path) for path in sorted((self._folder / "logs").glob("*.log")))
-        return next(filter(None, words), "it said nothing")
 
     def _look_at_memory(self, server_pid: int) -> None:
         pids = [int(path.read_text()) for path in noop.arrivals(self._gates, self._rounds + 1)]
@@ -316,6 +313,12 @@ async def _floor(clients: int, model_mib: float, rounds: int, url: str, *, is_ti
     if code != 0:
         raise RunFailed(f"the floor of the measurement failed: {one_line(err.decode().strip()[-300:])}")
     return [float(value) for value in json.loads(out)]
+
+
+def last_words(logs: Path) -> str:
+    """The last line of a client that printed something, out of its log."""
+    words = (_last_line(path) for path in sorted(logs.glob("*.log")))
+    return next(filter(None, words), "it said nothing")
 
 
 def _last_line(path: Path) -> str:

@@ -6,16 +6,20 @@ import dataclasses
 import json
 import math
 import statistics
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedbus.bench.heart_disease import SEEDS, bench_heart_disease
+from fedbus.bench.heart_disease import Outcome as HeartDisease
 from fedbus.bench.measure import RoundBench, Spread, bench_round
 from fedbus.bench.regimes import Outcome, bench_regimes
 from fedbus.bench.stragglers import Spec, bench_stragglers
 from fedbus.cli.options import Broker, Debug, Json, Plaintext, RunDir, run_async
+from fedbus.data.heart_disease import FOLDER
 
 bench_app = typer.Typer(name="bench", help="Measure fedbus on this machine.", no_args_is_help=True)
 
@@ -120,6 +124,49 @@ def _regimes_table(outcomes: list[Outcome], target: float) -> Table:
             f"{statistics.median(run.seconds for run in runs):.0f}",
             f"{statistics.fmean(run.mean_staleness for run in runs):.1f}",
         )
+    return table
+
+
+@bench_app.command(name="heart-disease")
+def heart_disease(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", envvar=FOLDER, help="Where cleveland.csv and the three others are."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=len(SEEDS), help="Of FLamby's five, the first N.")] = 5,
+    broker: Broker = None,
+    plaintext: Plaintext = False,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train FLamby's Fed-Heart-Disease by each strategy, and compare the accuracies with the published ones.
+
+    Four hospitals, four client processes, over a private RabbitMQ or --broker URL. Logistic regression, 15 rounds of
+    100 local steps, FLamby's settings and seeds; accuracy of the last model on all hospitals' 254 test patients.
+    """
+
+    def tell(method: str, seed: int, accuracy: float) -> None:
+        if not as_json:
+            typer.echo(f"{method}, seed {seed}: {accuracy:.4f}", err=True)
+
+    outcomes = run_async(bench_heart_disease(data=data, seeds=SEEDS[:seeds], broker=broker, run_dir=run_dir, tell=tell))
+    if as_json:
+        typer.echo(json.dumps([outcome.to_json() for outcome in outcomes]))
+        return
+    Console(highlight=False).print(_heart_disease_table(outcomes))
+    typer.echo("published: FLamby's mean of seeds 42 to 46 (Ogier du Terrail et al. 2022)")
+
+
+def _heart_disease_table(outcomes: list[HeartDisease]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("strategy")
+    for name in ("published", "ours", "difference", "by seed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        by_seed = " ".join(f"{accuracy:.4f}" for accuracy in outcome.accuracies.values())
+        ours = f"{outcome.mean:.4f}"
+        table.add_row(outcome.method, f"{outcome.published:.4f}", ours, f"{outcome.difference:+.4f}", by_seed)
     return table
 
 

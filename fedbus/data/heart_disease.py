@@ -70,9 +70,7 @@ def data_folder(folder: Path | str | None = None) -> Path:
     """
     given = folder or os.environ.get(FOLDER)
     if not given:
-        raise ConfigError(
-            f"where are the heart-disease files? Set {FOLDER} to the folder of cleveland.csv and the others"
-        )
+        raise ConfigError(f"where are the heart-disease files? Set {FOLDER} to the folder of cleveland.csv and others")
     missing = [f"{name}.csv" for name in HOSPITALS if not (Path(given) / f"{name}.csv").is_file()]
     if missing:
         raise ConfigError(f"{given} has no {', '.join(missing)}: the heart-disease files of UCI, one for each hospital")
