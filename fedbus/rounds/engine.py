@@ -154,6 +154,8 @@ class Engine:
         self._follow_up: list[Command] = []  # goes out once the next round's tasks have
         self._committed_rounds = 0
         self._stop: str | None = None
+        self._num_rounds = config.num_rounds  # fewer once the run has reached its goal
+        self._finish = "all rounds are done"
         self._now = now
         self._out: list[Command] = []
         self._restored_cohort: tuple[RestoredTask, ...] = ()
@@ -349,6 +351,8 @@ class Engine:
                 self._send_again(event.client_id)
             case e.StopRequested():
                 self._stop = self._stop or event.reason
+            case e.GoalReached():
+                self._reached(event)
         return self._settle_down()
 
     def advance(self, now: float) -> list[Command]:
@@ -613,7 +617,7 @@ class Engine:
 
     def _open_if_possible(self) -> None:
         needed = 1 if self._number or self._restored_cohort else self._config.start_clients
-        is_over = self._number >= self._config.num_rounds  # resumed after its last commit: nobody need be there
+        is_over = self._number >= self._num_rounds  # resumed after its last commit: nobody need be there
         if not self._model_ready or self._stop is not None or (len(self._members) < needed and not is_over):
             return
         if self._evaluation_due:  # before the round takes its clients
@@ -872,7 +876,7 @@ class Engine:
 
     def _is_given_up(self) -> bool:
         """The run was stopped before its last round: what comes now is for whoever takes it up again."""
-        return self._phase in (Phase.DRAINING, Phase.ENDED) and self._committed_rounds < self._config.num_rounds
+        return self._phase in (Phase.DRAINING, Phase.ENDED) and self._committed_rounds < self._num_rounds
 
     def _invalid(self, event: e.UpdateInvalid) -> None:
         if self._is_given_up():
@@ -966,7 +970,7 @@ class Engine:
         round_ = self._round
         assert round_ is not None
         if self._stop is not None:
-            self._abandon(round_)
+            self._abandon(round_, Outcome.RELEASED)
             return
         if self._is_enough(round_):
             if not round_.working or self._config.grace_s == 0:
@@ -1016,10 +1020,10 @@ class Engine:
             return ()
         return tuple(client for client in round_.cohort if client in round_.working)
 
-    def _abandon(self, round_: _Round) -> None:
-        """Stop in the middle of a round: its updates go back to the broker, uncommitted."""
+    def _abandon(self, round_: _Round, outcome: Outcome) -> None:
+        """Stop in the middle of a round: its updates go back to the broker, uncommitted, or are of no use."""
         for folded in round_.folded:
-            self._settle_folded(folded, Outcome.RELEASED, 0)
+            self._settle_folded(folded, outcome, 0)
         self._round = None
         self._phase = Phase.DRAINING
 
@@ -1063,7 +1067,7 @@ class Engine:
                 self._settle_folded(folded, Outcome.COMMITTED, round_.number)
             else:
                 self._refuse_folded(folded)
-        is_last = round_.number >= self._config.num_rounds
+        is_last = round_.number >= self._num_rounds
         self._phase = Phase.DRAINING if is_last or self._stop is not None else Phase.WAITING
         if self._phase is Phase.DRAINING:
             self._let_go_of_held()
@@ -1126,6 +1130,17 @@ class Engine:
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
+    def _reached(self, event: e.GoalReached) -> None:
+        """The round whose commit is under way is the last one; one that is open is given up, for good."""
+        last = self._committed_rounds + (self._phase is Phase.CLOSING)
+        if last >= self._num_rounds or self._stop is not None:
+            return
+        self._num_rounds, self._finish = last, event.reason
+        if self._phase is Phase.OPEN and self._round is not None:
+            self._abandon(self._round, Outcome.SURPLUS)
+            self._let_go_of_held()
+            self._stop_training()
+
     def _end_if_due(self) -> None:
         if self._phase is Phase.WAITING and self._stop is not None:
             self._phase = Phase.DRAINING
@@ -1136,6 +1151,6 @@ class Engine:
             return
         self._phase = Phase.ENDED
         self._parameters_task = None
-        finished = self._committed_rounds >= self._config.num_rounds
-        reason = "all rounds are done" if finished else self._stop
+        finished = self._committed_rounds >= self._num_rounds
+        reason = self._finish if finished else self._stop
         self._out.append(c.EndRun(finished=finished, reason=reason or ""))

@@ -149,6 +149,13 @@ class StopRequested:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class GoalReached:
+    """The run has what it was for before its last round: it ends here, and has done its work."""
+
+    reason: str
+
+
 Event: TypeAlias = (
     ClientJoined
     | ClientHeard
@@ -167,4 +174,5 @@ Event: TypeAlias = (
     | Reconnected
     | TasksInDoubt
     | StopRequested
+    | GoalReached
 )

@@ -600,6 +600,75 @@ def test_a_stop_during_a_commit_lets_it_finish() -> None:
     assert not one(said, c.EndRun).finished
 
 
+REACHED = e.GoalReached(reason="it is good enough")
+
+
+def test_a_goal_reached_in_an_open_round_ends_the_run_as_finished_and_its_updates_are_of_no_use() -> None:
+    story = Story(min_fit_clients=3)
+    story.join(*"abc")
+    story.update("a", 1)
+    said = story.happens(REACHED)
+    assert settled(said) == [(1, Outcome.SURPLUS)]
+    assert one(said, c.EndRun) == c.EndRun(finished=True, reason="it is good enough")
+    assert settled(story.update("b", 1)) == [(2, Outcome.SURPLUS)]
+
+
+def test_a_goal_reached_during_a_commit_makes_that_round_the_last() -> None:
+    story = Story(fraction_evaluate=1.0)
+    story.join(*"abc")
+    story.update("a", 1)
+    story.update("b", 1)
+    assert not story.happens(REACHED)
+    assert settled(story.update("c", 1)) == []  # it waits for a next round
+    said = story.commit()
+    assert settled(said) == [(1, Outcome.COMMITTED), (2, Outcome.COMMITTED), (3, Outcome.SURPLUS)]
+    assert not all_of(said, c.EndRun)
+    assert {command.client_id for command in all_of(said, c.SendEvaluateTask)} == {"a", "b", "c"}  # it counts, too
+    for command in all_of(said, c.SendEvaluateTask):
+        said = story.happens(e.EvaluateReported(client_id=command.client_id, task_id=command.task_id))
+    assert one(said, c.EndRun) == c.EndRun(finished=True, reason="it is good enough")
+
+
+def test_a_goal_reached_while_others_still_evaluate_waits_for_them_and_takes_their_training_away() -> None:
+    story = Story(fraction_evaluate=1.0)
+    story.join("a", "b")
+    story.update("a", 1)
+    story.update("b", 1)
+    asked = all_of(story.commit(), c.SendEvaluateTask)
+    said = story.happens(REACHED)
+    assert {command.task_id for command in all_of(said, c.CancelTask)} == {"run/fit/2/a", "run/fit/2/b"}
+    assert not all_of(said, c.EndRun)
+    for command in asked:
+        said = story.happens(e.EvaluateReported(client_id=command.client_id, task_id=command.task_id))
+    assert one(said, c.EndRun).finished
+
+
+@pytest.mark.parametrize("tasks", [(), ("a", "b", "c")])
+def test_a_goal_that_the_last_server_had_reached_ends_the_resumed_run_before_its_next_round(
+    tasks: tuple[str, ...],
+) -> None:
+    story = resumed(*(was(client, 2) for client in tasks))
+    assert not story.happens(REACHED)
+    said = story.happens(e.ModelReady())
+    assert not all_of(said, c.RoundOpened)
+    assert one(said, c.EndRun) == c.EndRun(finished=True, reason="it is good enough")
+
+
+def test_a_goal_reached_after_the_last_round_or_a_stop_changes_nothing() -> None:
+    story = Story(num_rounds=1, fraction_evaluate=1.0)
+    story.join("a", "b")
+    story.update("a", 1)
+    story.update("b", 1)
+    story.commit()
+    story.happens(REACHED)
+    assert one(story.wait(700), c.EndRun).reason == "all rounds are done"
+    stopped = Story(fraction_evaluate=1.0)
+    stopped.join("a", "b")
+    stopped.happens(e.StopRequested(reason="enough"))
+    stopped.happens(REACHED)
+    assert not one(stopped.said, c.EndRun).finished
+
+
 # ---- whatever happens ------------------------------------------------------------------------------------------------
 
 
@@ -616,16 +685,16 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@given(configs(), st.randoms(use_true_random=False), st.booleans())
+@given(configs(), st.randoms(use_true_random=False), st.sampled_from([None, e.StopRequested(reason="enough"), REACHED]))
 @settings(max_examples=300, deadline=None)
 def test_whatever_happens_deliveries_settle_once_tasks_fold_once_and_rounds_end(
-    config: dict[str, Any], rng: random.Random, stops: bool
+    config: dict[str, Any], rng: random.Random, end: e.Event | None
 ) -> None:
     chaos = _Chaos(config, rng)
     for step in range(rng.randrange(10, 120)):
         chaos.step()
-        if stops and step == 60:
-            chaos.story.happens(e.StopRequested(reason="enough"))
+        if end is not None and step == 60:
+            chaos.story.happens(end)
     chaos.finish()
     chaos.check()
 

@@ -60,6 +60,9 @@ def configs(draw: st.DrawFn) -> RoundConfig:
             return RoundConfig(min_fit_clients=k, fraction_fit=fraction, grace_s=grace_s, **shared)
 
 
+GOAL_REACHED = e.GoalReached(reason="it is good enough")
+
+
 @dataclass
 class _Sent:
     """A fit task as its client got it. `excused`: why its client may have another one all the same."""
@@ -87,6 +90,8 @@ class _Watch:
     commit: c.Commit | None = None
     evaluating: set[int] = field(default_factory=set)
     ended: int = 0
+    is_stopped: bool = False
+    is_at_goal: bool = False
     words: dict[str, str] = field(default_factory=dict)  # client -> the task that its last heartbeat named
     asked: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
@@ -127,7 +132,7 @@ class _Watch:
                     self.evaluating.remove(command.round)
                 case c.EndRun():
                     self.ended += 1
-                    assert command.finished == (self.rounds == self.config.num_rounds)
+                    assert command.finished == (self.is_at_goal or self.rounds == self.config.num_rounds)
                     assert not self.evaluating
 
     def excuse(self, client: str, why: str) -> None:
@@ -341,6 +346,8 @@ class Walk(RuleBasedStateMachine):
             now=self.now,
             records=copy.deepcopy(self.records),
         )
+        if self.watch.is_at_goal:  # the evaluations say so again
+            self.tell(GOAL_REACHED)
 
     def ledger_state(self, task_id: str) -> str:
         return self.ledger.tasks[task_id].state if task_id in self.ledger.tasks else "forgotten"
@@ -538,7 +545,15 @@ class Walk(RuleBasedStateMachine):
     @rule(certainty=st.integers(0, 7))
     def somebody_stops_the_run(self, certainty: int) -> None:
         if certainty == 7:
+            self.watch.is_stopped = True
             self.tell(e.StopRequested(reason="enough"))
+
+    @rule(certainty=st.integers(0, 7))
+    @precondition(lambda self: self.is_ready and not self.watch.is_stopped)
+    def the_goal_is_reached(self, certainty: int) -> None:
+        if certainty == 7:
+            self.watch.is_at_goal = True
+            self.tell(GOAL_REACHED)
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
