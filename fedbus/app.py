@@ -8,23 +8,27 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Final, Literal, TypeAlias, overload
 
+from fedbus.after_evaluation import AfterEvaluation, BestModel
 from fedbus.config import RoundConfig
 from fedbus.errors import AppError, ConfigError, RunFailed, one_line
 from fedbus.strategies.base import Strategy
 from fedbus.strategies.fedasync import FedAsync
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.strategies.fedbuff import FedBuff
+from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import Client, ClientContext, NumPyClient
-from fedbus.types import Array, Config, EvaluateFn, Tensors, as_tensors
+from fedbus.types import Array, Config, EvaluateFn, Metrics, Tensors, as_tensors
 
 Parameters: TypeAlias = Tensors | Sequence[Array]
 ConfigFn: TypeAlias = Config | Callable[[int], Config]
+AggregateMetrics: TypeAlias = Callable[[Iterable[tuple[int, Metrics]]], Metrics]
+"""[(num_examples, metrics), ...], one for each client, to what they say together."""
 
 _FED_AVG: Final = FedAvg()
 _FED_BUFF: Final = FedBuff()
@@ -66,6 +70,11 @@ class App:
         initial_parameters: the model to begin with (name -> array, or a list of arrays), or a function that makes
             it; None asks one of the clients for its `get_parameters`.
         evaluate_fn: central evaluation, (round, {name: array}) -> (loss, metrics); runs beside the rounds.
+        after_evaluation: what is done with each evaluation: `EarlyStopping`, `BestModel`, or your own
+            `AfterEvaluation`.
+        aggregate_fit_metrics, aggregate_evaluate_metrics: what the metrics of a round's clients say together, in the
+            order of their names: [(num_examples, metrics), ...] -> metrics. The loss of an evaluation is the mean
+            weighted by num_examples whatever these are. Where one raises, that is noted and the round goes on.
         rounds: how rounds open and close.
         fit_config, evaluate_config: settings sent with the tasks; a mapping, or a function of the round.
         update_queue: the kind of queue that updates wait in: "quorum" outlives the loss of a broker node, "classic"
@@ -85,6 +94,9 @@ class App:
     strategy: _StrategyField = _StrategyField()
     initial_parameters: Parameters | Callable[[], Parameters] | None = None
     evaluate_fn: EvaluateFn | None = None
+    after_evaluation: Sequence[AfterEvaluation] = ()
+    aggregate_fit_metrics: AggregateMetrics = weighted_mean
+    aggregate_evaluate_metrics: AggregateMetrics = weighted_mean
     rounds: RoundConfig = field(default_factory=RoundConfig)
     fit_config: ConfigFn = field(default_factory=dict)
     evaluate_config: ConfigFn = field(default_factory=dict)
@@ -116,6 +128,23 @@ class App:
             if not callable(self.evaluate_fn):
                 raise ConfigError(f"evaluate_fn must be a function, not {self.evaluate_fn!r}")
             _check_takes(self.evaluate_fn, "evaluate_fn", "(round, model)", 2)
+        for name in ("aggregate_fit_metrics", "aggregate_evaluate_metrics"):
+            if not callable(getattr(self, name)):
+                raise ConfigError(f"{name} must be a function, not {getattr(self, name)!r}")
+            _check_takes(getattr(self, name), name, "(reports)", 1)
+        self._check_after_evaluation()
+
+    def _check_after_evaluation(self) -> None:
+        given: object = self.after_evaluation
+        if not isinstance(given, list | tuple) or not all(isinstance(piece, AfterEvaluation) for piece in given):
+            raise ConfigError(
+                f"after_evaluation must be a list of EarlyStopping(...), BestModel(...), ..., not {given!r}"
+            )
+        for piece in self.after_evaluation:
+            piece.check(has_central=self.evaluate_fn is not None, has_federated=self.rounds.fraction_evaluate > 0)
+        names = [piece.name for piece in self.after_evaluation if isinstance(piece, BestModel)]
+        if len(set(names)) < len(names):
+            raise ConfigError("each BestModel needs a name of its own: BestModel(..., name='best-accuracy')")
 
     def is_personal(self, name: str) -> bool:
         """Whether a tensor of that name stays with its client."""

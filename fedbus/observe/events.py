@@ -36,6 +36,8 @@ __all__ = [
     "MemberLost",
     "MessageRejected",
     "MetricsExposed",
+    "MetricsFailed",
+    "ModelKept",
     "ModelPublished",
     "Observe",
     "ReceiptArrived",
@@ -213,7 +215,7 @@ class RoundClosed:
     folded: int
     cohort: int
     unfinished: tuple[str, ...]
-    fit_metrics: Mapping[str, float]
+    fit_metrics: Mapping[str, object]
     seconds: float
     turnaround_s: float | None = None
 
@@ -235,6 +237,27 @@ class EvaluationFailed:
 
     round: int
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsFailed:
+    """The app's own aggregate_fit_metrics or aggregate_evaluate_metrics raised or returned what it must not; the round
+    goes on without."""
+
+    round: int
+    of: Literal["fit", "evaluate"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKept:
+    """The model that `round` led to is the best so far, by `metric`, and was kept under `name`."""
+
+    name: str
+    round: int
+    version: int
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True, kw_only=True)

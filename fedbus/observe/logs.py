@@ -32,6 +32,7 @@ _WARNINGS = (
     e.EvaluateFailed,
     e.UpdateRefused,
     e.EvaluationFailed,
+    e.MetricsFailed,
     e.AggregateDiscarded,
     e.MessageRejected,
     e.UserShutOut,
@@ -218,6 +219,11 @@ def _sentence(event: object) -> str:
             return f"round {event.round}: {by}: loss {number(event.loss)}{_metrics(event.metrics)}"
         case e.EvaluationFailed():
             return f"round {event.round}: evaluate_fn failed: {event.reason}"
+        case e.MetricsFailed():
+            return f"round {event.round}: aggregate_{event.of}_metrics failed: {event.reason}"
+        case e.ModelKept():
+            what = f"{event.metric} {number(event.value)}"
+            return f"round {event.round}: model {event.version} is the best so far: {what} ({event.name}.safetensors)"
         case e.ModelPublished():
             return f"model {event.version} published: {event.payload_bytes} bytes, {_plural(event.parts, 'part')}"
         case e.AggregationProgressed():

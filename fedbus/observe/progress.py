@@ -119,6 +119,7 @@ class Board:
             case (
                 o.EvaluateFailed()
                 | o.EvaluationFailed()
+                | o.MetricsFailed()
                 | o.MessageRejected()
                 | o.AggregateDiscarded()
                 | o.UserShutOut()

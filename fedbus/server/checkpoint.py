@@ -1,4 +1,4 @@
-"""The run folder: ledger, checkpoints, history.json and model.safetensors, each whole or not there at all.
+"""The run folder: ledger, checkpoints, history.json and models, each whole or not there at all.
 
 A checkpoint is a safetensors file of one version, written before the ledger names it and deleted once the ledger names
 a later one: a crash at any point leaves the version that the ledger knows.
@@ -6,6 +6,7 @@ a later one: a crash at any point leaves the version that the ledger knows.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -16,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from fedbus.errors import ConfigError
+from fedbus.errors import ConfigError, RunFailed
 from fedbus.server.history import History
 from fedbus.tensorfile import map_model, save_model, write_whole
 from fedbus.types import Array, Tensors
@@ -93,14 +94,34 @@ class RunFolder:
 
     def settle_checkpoint(self, version: int, *, keep: Collection[int] = ()) -> None:
         """The ledger names `version` now: make it model.safetensors, too, and delete the others but for `keep`."""
-        link = self.path / f".model.{secrets.token_hex(4)}"
-        os.link(self._checkpoint(version), link)
-        link.replace(self.path / "model.safetensors")
-        link.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
+        self._link(version, "model")
         kept = {self._checkpoint(each) for each in (*keep, version)} | {self._memory(version)}
         for other in (self.path / "checkpoints").iterdir():
             if other not in kept:
                 other.unlink(missing_ok=True)
+
+    def keep_model(self, version: int, name: str, *, run_id: str) -> bool:
+        """Make the checkpoint of `version` NAME.safetensors, too; False when neither of them is that version.
+
+        Raises `RunFailed` when the folder cannot be written.
+        """
+        if self._checkpoint(version).exists():
+            try:
+                self._link(version, name)
+            except OSError as exc:
+                raise RunFailed(f"the run folder cannot be written: {exc.strerror or exc}") from exc
+            return True
+        with contextlib.suppress(ConfigError):
+            metadata = map_model(self.path / f"{name}.safetensors").metadata
+            return (metadata.get("run_id"), metadata.get("version")) == (run_id, str(version))
+        return False
+
+    def _link(self, version: int, name: str) -> None:
+        """Give the checkpoint a second name, in place of whatever has it."""
+        link = self.path / f".{name}.{secrets.token_hex(4)}"
+        os.link(self._checkpoint(version), link)
+        link.replace(self.path / f"{name}.safetensors")
+        link.unlink(missing_ok=True)  # to rename one name of a file to another of its names does nothing
 
     def load_checkpoint(self, version: int, *, run_id: str) -> dict[str, Array]:
         """The tensors of version `version`, in pages of the file: memory is taken for what is read.

@@ -14,12 +14,26 @@ from fedbus.rounds.clients import ClientRecord
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """Loss and metrics of one model version; `clients` and `num_examples` are those of a federated evaluation."""
+    """Loss and metrics of one model version; `clients` and `num_examples` are those of a federated evaluation.
+
+    `number`: they are recorded in this order, counted from 1.
+    """
 
     loss: float
     metrics: dict[str, Any]
     clients: int | None = None
     num_examples: int | None = None
+    number: int = 0
+
+
+@dataclass(kw_only=True)
+class Best:
+    """A model that was kept because it was the best so far, by `metric`."""
+
+    round: int
+    version: int
+    metric: str
+    value: float
 
 
 @dataclass(kw_only=True)
@@ -42,7 +56,8 @@ class RoundRecord:
     """One round. Times are seconds, `opened_s` from the start of the run.
 
     `cohort`: the clients tasked in it; `unfinished`: those of them that still worked when it closed; `failed` and
-    `refused`: client to reason; `evaluate_failed`: who could not evaluate the model that this round led to.
+    `refused`: client to reason; `evaluate_failed`: who could not evaluate the model that this round led to;
+    `metrics_failed`: what was wrong with the app's own aggregation of metrics, "fit" or "evaluate" to reason.
     """
 
     round: int
@@ -56,11 +71,12 @@ class RoundRecord:
     lost: list[str]
     failed: dict[str, str]
     refused: dict[str, str]
-    fit_metrics: dict[str, float]
+    fit_metrics: dict[str, Any]
     central: Evaluation | None = None
     federated: Evaluation | None = None
     central_failed: str | None = None
     evaluate_failed: dict[str, str] = field(default_factory=dict)
+    metrics_failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def clients(self) -> set[str]:
@@ -72,8 +88,8 @@ class RoundRecord:
 class History:
     """A whole run: written to history.json as it goes on. `settings` is what it was run with.
 
-    `clients`: what each has done so far. `rounds`: all of them once the run has ended; while a server keeps a ledger on
-    disk, the last ones.
+    `best`: the models that were kept, by the name of their file. `clients`: what each has done so far. `rounds`: all of
+    them once the run has ended; while a server keeps a ledger on disk, the last ones.
     """
 
     run_id: str
@@ -86,6 +102,7 @@ class History:
     clients_lost: list[str] = field(default_factory=list)
     clients_left: list[str] = field(default_factory=list)
     initial: Evaluation | None = None
+    best: dict[str, Best] = field(default_factory=dict)
     clients: dict[str, ClientRecord] = field(default_factory=dict)
     rounds: list[RoundRecord] = field(default_factory=list)
 
@@ -125,9 +142,15 @@ class History:
             clients_joined=list(self.clients_joined),
             clients_lost=list(self.clients_lost),
             clients_left=list(self.clients_left),
+            best=dict(self.best),
             clients={name: dataclasses.replace(record) for name, record in self.clients.items()},
             rounds=[
-                dataclasses.replace(record, evaluate_failed=dict(record.evaluate_failed)) for record in self.rounds
+                dataclasses.replace(
+                    record,
+                    evaluate_failed=dict(record.evaluate_failed),
+                    metrics_failed=dict(record.metrics_failed),
+                )
+                for record in self.rounds
             ],
         )
 
@@ -142,7 +165,9 @@ class History:
     @classmethod
     def from_head(cls, head: Mapping[str, Any], rounds: list[RoundRecord], clients: dict[str, ClientRecord]) -> History:
         """The history that `head` and the records were taken from."""
-        return cls(**{**head, "initial": _evaluation(head["initial"])}, rounds=rounds, clients=clients)
+        best = {name: Best(**fields) for name, fields in head.get("best", {}).items()}
+        initial = _evaluation(head["initial"])
+        return cls(**{**head, "initial": initial, "best": best}, rounds=rounds, clients=clients)
 
     def to_json(self) -> str:
         """As history.json holds it."""
@@ -182,7 +207,11 @@ def _evaluation(fields: Mapping[str, Any] | None) -> Evaluation | None:
 
 
 def _as_data(value: Any) -> Any:
-    return dataclasses.asdict(value) if isinstance(value, Evaluation) else value
+    if isinstance(value, Evaluation):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: dataclasses.asdict(item) if isinstance(item, Best) else item for key, item in value.items()}
+    return value
 
 
 def plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -65,6 +65,7 @@ from fedbus.rounds import events as e
 from fedbus.rounds.commands import Outcome
 from fedbus.rounds.engine import Engine, Fate
 from fedbus.rounds.restored import Restored, RestoredTask
+from fedbus.server.after import AfterEvaluations
 from fedbus.server.bases import Bases
 from fedbus.server.checkpoint import RunFolder
 from fedbus.server.guard import JOIN, MESSAGE, Drops, Guard
@@ -87,9 +88,9 @@ from fedbus.server.status import as_json, describe
 from fedbus.server.virtual import VirtualClients
 from fedbus.strategies.base import ClientUpdate, RoundInfo, Strategy
 from fedbus.strategies.metrics import weighted_mean
-from fedbus.training.base import check_evaluate_result
+from fedbus.training.base import check_evaluate_result, check_metrics
 from fedbus.training.thread import Caller, UserThread
-from fedbus.types import EXTRA, Array, Config, EvaluateResult, Tensors
+from fedbus.types import EXTRA, Array, Config, EvaluateResult, Metrics, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import MAX_CONTROL_BYTES, decode, encode
 
@@ -214,6 +215,7 @@ class Server:
         )
         self._progress_due_at = -math.inf
         self._bases = Bases(self._folder)
+        self._after = AfterEvaluations(app, self._folder, stop=self._goal_reached, tell=self._tell)
         self._ledger = Ledger(None)
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
@@ -317,6 +319,9 @@ class Server:
         self._stopping.set()
         self._events.put(e.StopRequested(reason=reason))
 
+    def _goal_reached(self, reason: str) -> None:
+        self._events.put(e.GoalReached(reason=reason))
+
     def client_lost(self, client_id: str, reason: str) -> None:
         """Say that this client is gone without a word: a simulation knows, and has no heartbeats to tell it by."""
         self._events.put(e.ClientLost(client_id=client_id, reason=reason))
@@ -369,7 +374,7 @@ class Server:
         if not self._history.finished:
             rounds = self._history.num_rounds
             raise RunFailed(f"the run ended after {rounds} round{'s' * (rounds != 1)}: {self._history.reason}")
-        if self._history.updates == 0:
+        if self._history.updates == 0 and self._history.num_rounds > 0:
             raise RunFailed(f"no update was accepted in any round; {self._why_empty()}")
         return self._history
 
@@ -484,6 +489,7 @@ class Server:
             await asyncio.to_thread(self._save_history, self._folder, self._history)
             return
         self._history.settings, self._history.reason = self._settings, ""
+        self._after.begin(self._run_id, self._history, self._all_records())
         self._tell_start()
         if self._last_commit is None or self._last_commit.version is None:
             self._model = await self._initial_model()
@@ -492,6 +498,11 @@ class Server:
         self._version = self._durable_version = self._last_commit.version
         self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
         self._strategy.attach(memory=self._folder.load_memory(self._version, run_id=self._run_id))
+
+    def _all_records(self) -> Iterator[RoundRecord]:
+        if self._history.num_rounds:
+            for text in self._ledger.record_texts(through=self._history.num_rounds):
+                yield record_from_json(json.loads(text))
 
     def _tell_start(self) -> None:
         rounds = self._app.rounds
@@ -551,6 +562,7 @@ class Server:
                 self._send_replies(),
                 self._aggregate(),
                 self._evaluate(),
+                self._after.work(),
                 self._drive(engine),
                 self._listen_to_ourselves(),
                 self._look_for_successor(),
@@ -849,6 +861,7 @@ class Server:
             case c.SendFitTask():
                 await self._send_fit_task(command, None)
             case c.SendEvaluateTask():
+                self._after.expect("federated", command.version)
                 await self._outbound.put((command.client_id, self._evaluate_task(command), command.timeout_s))
             case c.Fold():
                 self._jobs.put_nowait(_FoldJob(command=command, update=self._staged(command.delivery)))
@@ -871,7 +884,7 @@ class Server:
             case c.Settle():
                 await self._settle(command)
             case c.CloseEvaluation():
-                self._close_evaluation(command)
+                await self._close_evaluation(command)
             case c.EndRun():
                 await self._end(command)
             case _:
@@ -958,12 +971,15 @@ class Server:
 
     async def _keep_notes(self) -> None:
         """Note who is in, soon after it changed: a flood of joins must not become a flood of transactions."""
-        assert self._engine is not None
         while True:
             await self._members_changed.wait()
             self._members_changed.clear()
-            self._ledger.note_members(self._engine.members, self._history)
+            self._note_head()
             await asyncio.sleep(_NOTES_EVERY_S)
+
+    def _note_head(self) -> None:
+        assert self._engine is not None
+        self._ledger.note_members(self._engine.members, self._history)
 
     # ---- settling ------------------------------------------------------------------------------------------------
 
@@ -1199,6 +1215,7 @@ class Server:
         self._model_bytes = sum(value.nbytes for value in self._model.values())
         self._expect(self._model)
         self._keep_base()
+        passed_over = self._passed_over()
         await self._tidy()
         publishing = await self._publish(asyncio.sleep(0))
         rounds = self._history.rounds
@@ -1206,6 +1223,8 @@ class Server:
         for task_id, client_id, staleness in self._ledger.folded_in(last):  # the first receipt may be lost
             receipt = m.Receipt(task_id=task_id, run_id=self._run_id, round=last, staleness=staleness)
             await self._outbound.put((client_id, receipt, self._app.rounds.timeout_s))
+        for round_, model in passed_over:
+            await self._unless_stopped(self._central.put((round_, model)))
         if (rounds[-1].central if rounds else self._history.initial) is None:
             await self._evaluate_centrally(last)
         intake.disturbed()
@@ -1219,7 +1238,7 @@ class Server:
         if command.folded:
             await self._finish(command)
         folded, self._folded = self._folded, []
-        record = self._record(command, [update for _, update in folded])
+        record = await self._record(command, [update for _, update in folded])
         if command.folded and self._version == command.version:
             record.reason = "discarded"
         durable = self._make_durable(record, folded)
@@ -1377,7 +1396,8 @@ class Server:
         if self._folder is None:
             return
         # What goes into the thread must not change under it.
-        history, bases = self._history.snapshot() if with_history else None, self._bases_in_use()
+        history = self._history.snapshot() if with_history else None
+        in_use = self._bases_in_use() | self._after.versions
 
         def tidy(folder: RunFolder) -> None:
             with _disk():
@@ -1385,7 +1405,7 @@ class Server:
                     self._save_history(folder, history)
                     self._history_due_at = time.monotonic() + (time.monotonic() - began_at) / _HISTORY_SHARE
                 if self._durable_version is not None:
-                    folder.settle_checkpoint(self._durable_version, keep=bases)
+                    folder.settle_checkpoint(self._durable_version, keep=in_use)
 
         await asyncio.to_thread(tidy, self._folder)
 
@@ -1398,9 +1418,9 @@ class Server:
             return set()
         return self._engine.versions_in_use
 
-    def _record(self, command: c.Commit, folded: list[FoldedUpdate]) -> RoundRecord:
+    async def _record(self, command: c.Commit, folded: list[FoldedUpdate]) -> RoundRecord:
         refused, self._refused = self._refused, {}
-        return RoundRecord(
+        record = RoundRecord(
             round=command.round,
             version=self._version,
             reason=command.reason.value,
@@ -1412,14 +1432,58 @@ class Server:
             lost=list(command.lost),
             failed=dict(command.failed),
             refused=refused,
-            fit_metrics=weighted_mean((update.num_examples, update.metrics) for update in folded),
+            fit_metrics={},
         )
+        in_order = sorted(folded, key=lambda update: (update.client_id, -update.staleness))
+        reports = [(update.num_examples, update.metrics) for update in in_order]
+        record.fit_metrics, failed = await self._together("fit", command.round, reports)
+        record.metrics_failed |= failed
+        return record
+
+    async def _together(
+        self, of: Literal["fit", "evaluate"], round: int, reports: Sequence[tuple[int, Metrics]]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the app's function makes of the metrics of these clients, and what was wrong with it."""
+        if not reports:
+            return {}, {}
+        function = self._app.aggregate_fit_metrics if of == "fit" else self._app.aggregate_evaluate_metrics
+        is_ours = getattr(function, "__module__", "").startswith("fedbus.")
+        try:
+            result = function(reports) if is_ours else await asyncio.to_thread(function, reports)
+            return dict(check_metrics("it", result)), {}
+        except Exception as exc:  # the user's own code
+            _LOGGER.debug("aggregate_%s_metrics failed", of, exc_info=exc)
+            reason = str(exc) if isinstance(exc, ClientCodeError) else _describe(exc)
+            self._tell(o.MetricsFailed(round=round, of=of, reason=reason))
+            return {}, {of: reason}
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     async def _evaluate_centrally(self, round: int) -> None:
         if self._app.evaluate_fn is not None and self._model is not None:
+            self._after.expect("central", self._version)
             await self._unless_stopped(self._central.put((round, self._model)))
+
+    def _passed_over(self) -> list[tuple[int, dict[str, Array]]]:
+        """Earlier versions, with their rounds, that the last server did not come to evaluate, and kept."""
+        if self._app.evaluate_fn is None or not self._app.after_evaluation or self._folder is None:
+            return []
+        initial = (0, 0, self._history.initial is None)
+        others = [(r.round, r.version, r.central is None and r.central_failed is None) for r in self._history.rounds]
+        found, last = [], -1
+        for round_, number, is_missing in (initial, *others):
+            is_new, last = number > last, number
+            model = None
+            if is_new and is_missing and number < self._version:
+                model = self._folder.earlier_checkpoint(number, run_id=self._run_id)
+            if model is not None:
+                self._after.expect("central", number)
+                found.append((round_, model))
+        return found
+
+    def _version_of(self, round: int) -> int:
+        record = self._record_of(round)
+        return 0 if record is None else record.version
 
     async def _evaluate(self) -> None:
         while True:
@@ -1434,6 +1498,8 @@ class Server:
                     self._ledger.note_record(record)
             if evaluation is not None:
                 self._keep_central(round, evaluation)
+            else:
+                self._after.give_up("central", self._version_of(round))
             del model
             self._central.task_done()
 
@@ -1453,17 +1519,19 @@ class Server:
 
     def _keep_central(self, round: int, evaluation: Evaluation) -> None:
         record = self._record_of(round)
+        evaluation.number = self._after.number()
         if record is None:
             self._history.initial = evaluation
-            self._members_changed.set()
+            self._note_head()
         else:
             record.central = evaluation
             self._ledger.note_record(record)
+        self._after.show(round, self._version_of(round), "central", evaluation)
         self._tell(
             o.Evaluated(round=round, where="central", loss=evaluation.loss, metrics=evaluation.metrics, clients=0)
         )
 
-    def _close_evaluation(self, command: c.CloseEvaluation) -> None:
+    async def _close_evaluation(self, command: c.CloseEvaluation) -> None:
         suffix = f"/evaluate/{command.round}/"
         reports = [
             self._evaluate_reports.pop(task_id)
@@ -1471,19 +1539,24 @@ class Server:
         ]
         reports = [report for report in reports if report.client_id in command.reported]
         if not reports:
+            self._after.give_up("federated", command.version)
             return
-        weights = [(report.num_examples, {**report.metrics, "loss": report.loss}) for report in reports]
-        means = weighted_mean(weights)
+        reports.sort(key=lambda report: report.client_id)
+        without_loss = [(report.num_examples, _without_loss(report.metrics)) for report in reports]
+        metrics, failed = await self._together("evaluate", command.round, without_loss)
         evaluation = Evaluation(
-            loss=means.pop("loss"),
-            metrics=means,
+            loss=weighted_mean((report.num_examples, {"loss": report.loss}) for report in reports)["loss"],
+            metrics=metrics,
             clients=len(reports),
             num_examples=sum(report.num_examples for report in reports),
+            number=self._after.number(),
         )
         record = self._record_of(command.round)
         assert record is not None
         record.federated = evaluation
+        record.metrics_failed |= failed
         self._ledger.note_record(record)
+        self._after.show(command.round, command.version, "federated", evaluation)
         self._tell(
             o.Evaluated(
                 round=command.round,
@@ -1509,6 +1582,7 @@ class Server:
         await self._note_end(finished=command.finished, reason=command.reason)
         if command.finished:  # the clients need not wait for this
             await self._unless_stopped(self._central.join())
+            await self._unless_stopped(self._after.join())
             await self._note_end(finished=True, reason=command.reason)
         self._tell(
             o.RunFinished(
@@ -1567,6 +1641,11 @@ def _name_of(strategy: Strategy) -> str:
     """As it shows itself; without an address, which no two runs share."""
     has_words = type(strategy).__repr__ is not object.__repr__
     return repr(strategy) if has_words else f"{type(strategy).__name__}()"
+
+
+def _without_loss(metrics: Metrics) -> Metrics:
+    """The loss is no metric beside itself."""
+    return {name: value for name, value in metrics.items() if name != "loss"}
 
 
 def _is_committed(command: c.Settle) -> bool:

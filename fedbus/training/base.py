@@ -131,7 +131,7 @@ def check_fit_result(result: object) -> FitResult:
     return FitResult(
         parameters=result.parameters,
         num_examples=_num_examples("fit", result.num_examples),
-        metrics=_metrics("fit", result.metrics),
+        metrics=check_metrics("fit", result.metrics),
         extra=_extra(result.extra),
     )
 
@@ -155,7 +155,7 @@ def check_evaluate_result(result: object) -> EvaluateResult:
     return EvaluateResult(
         loss=_loss(result.loss),
         num_examples=_num_examples("evaluate", result.num_examples),
-        metrics=_metrics("evaluate", result.metrics),
+        metrics=check_metrics("evaluate", result.metrics),
     )
 
 
@@ -249,7 +249,12 @@ def _loss(value: object) -> float:
     return float(value)
 
 
-def _metrics(method: str, metrics: object) -> Metrics:
+def check_metrics(method: str, metrics: object) -> Metrics:
+    """Return the metrics that `method` returned as Python scalars.
+
+    Raises:
+        ClientCodeError: they are no dict of bools, ints, floats, strs and bytes under strs.
+    """
     if not isinstance(metrics, Mapping):
         raise ClientCodeError(f"{method} returned {_kind(metrics)} as metrics, expected a dict")
     return {_metric_name(method, name): _scalar(method, name, value) for name, value in metrics.items()}
