@@ -9,6 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedbus.after_evaluation import AfterEvaluation as AfterEvaluation
+    from fedbus.after_evaluation import BestModel as BestModel
+    from fedbus.after_evaluation import EarlyStopping as EarlyStopping
+    from fedbus.after_evaluation import EvaluatedModel as EvaluatedModel
+    from fedbus.after_evaluation import Keep as Keep
+    from fedbus.after_evaluation import Stop as Stop
     from fedbus.api import join as join
     from fedbus.api import serve as serve
     from fedbus.api import start_client as start_client
@@ -49,6 +55,10 @@ if TYPE_CHECKING:
     from fedbus.strategies.geometric import GeometricMedian as GeometricMedian
     from fedbus.strategies.krum import Krum as Krum
     from fedbus.strategies.krum import MultiKrum as MultiKrum
+    from fedbus.strategies.metrics import mean_and_extremes as mean_and_extremes
+    from fedbus.strategies.metrics import quantiles as quantiles
+    from fedbus.strategies.metrics import unweighted_mean as unweighted_mean
+    from fedbus.strategies.metrics import weighted_mean as weighted_mean
     from fedbus.strategies.norm_bound import NormBound as NormBound
     from fedbus.strategies.optimizers import SGD as SGD
     from fedbus.strategies.optimizers import Adagrad as Adagrad
@@ -67,6 +77,16 @@ if TYPE_CHECKING:
     from fedbus.types import FitResult as FitResult
 
 _HOMES = {
+    "quantiles": "strategies.metrics",
+    "mean_and_extremes": "strategies.metrics",
+    "unweighted_mean": "strategies.metrics",
+    "weighted_mean": "strategies.metrics",
+    "Stop": "after_evaluation",
+    "Keep": "after_evaluation",
+    "EvaluatedModel": "after_evaluation",
+    "EarlyStopping": "after_evaluation",
+    "BestModel": "after_evaluation",
+    "AfterEvaluation": "after_evaluation",
     "Access": "bus.access",
     "Bundle": "bus.bundle",
     "Uniform": "config",
