@@ -1,1 +1,1 @@
-"""Federated analytics: sums over everybody's records, which stay where they are."""
+"""Federated analytics: figures of the pooled data, of which nothing but sums leaves a client."""
