@@ -28,7 +28,7 @@ import re
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -182,6 +182,7 @@ class Server:
         settings: what the history shows beside the app's own settings, or in their place.
         virtual_clients: how many clients the server enrols itself, for workers to play (see `fedbus.server.virtual`).
         keeps_clients: at the end of the run tell clients to wait for the next one, in place of sending them home.
+        before_first_round: awaited once a new run has its model, while clients join; then the rounds begin.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class Server:
         settings: Mapping[str, Any] | None = None,
         virtual_clients: int = 0,
         keeps_clients: bool = False,
+        before_first_round: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         if virtual_clients and app.strategy.needs_client_memory:
             raise ConfigError(
@@ -220,6 +222,7 @@ class Server:
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._epoch = 1
         self._keeps_clients = keeps_clients
+        self._before_first_round = before_first_round
         self._look_every_s = look_every_s
         self._stalled_after_s = stalled_after_s
         self._settings = _settings(app) | dict(settings or {})
@@ -1182,6 +1185,8 @@ class Server:
         self._keep_base()
         del model
         publishing = await self._publish(self._make_initial_durable())
+        if self._before_first_round is not None:
+            await self._before_first_round()
         self._events.put(e.ModelReady())
         await publishing
         self._let_go_of_memory()
