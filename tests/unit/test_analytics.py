@@ -89,8 +89,8 @@ def test_moments_are_those_of_the_pooled_records_to_the_last_bit(values: list[fl
         assert summary.mean is None
         return
     exact = [Fraction(value) for value in there]
-    mean = sum(exact) / len(exact)
-    variance = sum((value - mean) ** 2 for value in exact) / len(exact)
+    mean = sum(exact, Fraction()) / len(exact)
+    variance = sum(((value - mean) ** 2 for value in exact), Fraction()) / len(exact)
     assert summary.mean == float(mean)
     assert (summary.min, summary.max) == (min(there), max(there))
     assert summary.variance == nearest(variance)
