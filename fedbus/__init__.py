@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from fedbus.after_evaluation import EvaluatedModel as EvaluatedModel
     from fedbus.after_evaluation import Keep as Keep
     from fedbus.after_evaluation import Stop as Stop
+    from fedbus.analytics.local import Columns as Columns
+    from fedbus.analytics.result import QueryResult as QueryResult
+    from fedbus.analytics.run import query as query
+    from fedbus.analytics.run import run_query as run_query
+    from fedbus.analytics.statistics import Count as Count
+    from fedbus.analytics.statistics import Describe as Describe
+    from fedbus.analytics.statistics import Extremes as Extremes
+    from fedbus.analytics.statistics import Histogram as Histogram
+    from fedbus.analytics.statistics import Mean as Mean
+    from fedbus.analytics.statistics import Quantiles as Quantiles
+    from fedbus.analytics.statistics import TopValues as TopValues
+    from fedbus.analytics.statistics import Variance as Variance
     from fedbus.api import join as join
     from fedbus.api import serve as serve
     from fedbus.api import start_client as start_client
@@ -87,6 +99,18 @@ _HOMES = {
     "EarlyStopping": "after_evaluation",
     "BestModel": "after_evaluation",
     "AfterEvaluation": "after_evaluation",
+    "Columns": "analytics.local",
+    "QueryResult": "analytics.result",
+    "query": "analytics.run",
+    "run_query": "analytics.run",
+    "Count": "analytics.statistics",
+    "Describe": "analytics.statistics",
+    "Extremes": "analytics.statistics",
+    "Histogram": "analytics.statistics",
+    "Mean": "analytics.statistics",
+    "Quantiles": "analytics.statistics",
+    "TopValues": "analytics.statistics",
+    "Variance": "analytics.statistics",
     "Access": "bus.access",
     "Bundle": "bus.bundle",
     "Uniform": "config",

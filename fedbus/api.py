@@ -177,7 +177,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
+def blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Callable[P, T]:
+    """`function` for those who have no event loop, under another name."""
+
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return asyncio.run(function(*args, **kwargs))
@@ -187,9 +189,9 @@ def _blocking(function: Callable[P, Coroutine[Any, Any, T]], name: str) -> Calla
     return call
 
 
-start_server = _blocking(serve, "start_server")
-start_client = _blocking(join, "start_client")
-start_worker = _blocking(work, "start_worker")
+start_server = blocking(serve, "start_server")
+start_client = blocking(join, "start_client")
+start_worker = blocking(work, "start_worker")
 
 
 @contextlib.contextmanager

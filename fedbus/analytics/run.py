@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from fedbus.analytics.inquiry import Inquiry
-from fedbus.analytics.result import Result
+from fedbus.analytics.result import QueryResult
 from fedbus.analytics.statistics import Statistic
 from fedbus.analytics.strategy import QueryStrategy
-from fedbus.api import on_signals
+from fedbus.api import blocking, on_signals
 from fedbus.app import App
 from fedbus.bus.access import Access
 from fedbus.bus.base import Bus
@@ -41,7 +41,7 @@ async def query(
     timeout_s: float = 60.0,
     virtual_clients: int = 0,
     observers: Sequence[o.Observe] = (),
-) -> Result:
+) -> QueryResult:
     """Ask the clients of `app` that are on `broker` about their data (`Client.query`), of which only sums are sent.
 
     It takes the place of a server, and the clients wait for the next one afterwards. Whoever is killed meanwhile has
@@ -89,34 +89,7 @@ async def query(
             return await session.run()
 
 
-def run_query(
-    app: App,
-    *,
-    broker: str | Access,
-    ask: Statistic | Sequence[Statistic],
-    by: str | None = None,
-    min_clients: int = 2,
-    min_count: int = 5,
-    wait_for: int | None = None,
-    timeout_s: float = 60.0,
-    virtual_clients: int = 0,
-    observers: Sequence[o.Observe] = (),
-) -> Result:
-    """`query`, blocking."""
-    return asyncio.run(
-        query(
-            app,
-            broker=broker,
-            ask=ask,
-            by=by,
-            min_clients=min_clients,
-            min_count=min_count,
-            wait_for=wait_for,
-            timeout_s=timeout_s,
-            virtual_clients=virtual_clients,
-            observers=observers,
-        )
-    )
+run_query = blocking(query, "run_query")
 
 
 class QuerySession:
@@ -160,7 +133,7 @@ class QuerySession:
         self._changed.set()
         self.server.request_stop(reason)
 
-    async def run(self) -> Result:
+    async def run(self) -> QueryResult:
         """The result. Raises `RunFailed` where there is none."""
         try:
             await self.server.run()
