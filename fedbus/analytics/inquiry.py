@@ -15,7 +15,7 @@ import numpy as np
 
 from fedbus.analytics import question as q
 from fedbus.analytics.figures import UNIT_BITS, key_limits, number_of, quotient, root
-from fedbus.analytics.result import Bins, Result, Summary, Top
+from fedbus.analytics.result import Bins, QueryResult, Summary, Top
 from fedbus.analytics.statistics import QUARTILES, Statistic, Wanted, rank_of
 from fedbus.errors import ConfigError, RunFailed, one_line
 from fedbus.types import Tensors
@@ -86,7 +86,7 @@ class Inquiry:
         self._dropped: dict[str, int] = {}
         self._reasons: dict[str, str] = {}
         self._rounds = 0
-        self.result: Result | None = None
+        self.result: QueryResult | None = None
         self.failure: RunFailed | None = None
         self._begin()
 
@@ -157,7 +157,7 @@ class Inquiry:
 
     # ---- what is asked, from begin to end ------------------------------------------------------------------------
 
-    def _all_of_it(self) -> Study[Result]:
+    def _all_of_it(self) -> Study[QueryResult]:
         [schema] = yield [q.Schema()]
         self._columns = {client: dict(words) for client, words in sorted(schema.words.items())}
         self._check_enough()
@@ -170,7 +170,7 @@ class Inquiry:
         if len(wanted) * (1 + len(groups)) > _MOST_CELLS:
             raise RunFailed(f"{len(wanted)} columns in {len(groups)} groups are too many: ask for fewer at a time")
         summaries = yield from _together([self._column(name, each, groups) for name, each in wanted.items()])
-        return Result(
+        return QueryResult(
             columns=dict(zip(wanted, summaries, strict=True)),
             clients=list(self._columns),
             left_out={name: why for name, why in sorted(self._reasons.items()) if name not in self._columns},

@@ -88,7 +88,7 @@ class Summary:
 
 
 @dataclass(kw_only=True)
-class Result(Mapping[str, Summary]):
+class QueryResult(Mapping[str, Summary]):
     """What a query found: column -> `Summary`.
 
     Attributes:

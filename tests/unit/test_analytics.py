@@ -19,7 +19,7 @@ from fedbus.analytics import question as q
 from fedbus.analytics.figures import keys_of, number_of
 from fedbus.analytics.inquiry import Inquiry
 from fedbus.analytics.local import Columns, answer
-from fedbus.analytics.result import Result
+from fedbus.analytics.result import QueryResult
 from fedbus.analytics.statistics import (
     Count,
     Describe,
@@ -49,7 +49,7 @@ def take_all(inquiry: Inquiry, answers: Mapping[str, Tensors]) -> None:
     inquiry.close()
 
 
-def result_of(inquiry: Inquiry, data: Data) -> Result:
+def result_of(inquiry: Inquiry, data: Data) -> QueryResult:
     while not inquiry.is_done:
         take_all(inquiry, answers_to(inquiry, data))
     if inquiry.failure is not None:
@@ -58,7 +58,7 @@ def result_of(inquiry: Inquiry, data: Data) -> Result:
     return inquiry.result
 
 
-def ask(data: Data, *statistics: Statistic, **settings: Any) -> Result:
+def ask(data: Data, *statistics: Statistic, **settings: Any) -> QueryResult:
     return result_of(Inquiry(statistics, **{"min_clients": 1, "min_count": 1, **settings}), data)
 
 

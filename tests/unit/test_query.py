@@ -13,7 +13,7 @@ import pytest
 
 from fedbus.analytics.inquiry import Inquiry
 from fedbus.analytics.local import answer
-from fedbus.analytics.result import Result
+from fedbus.analytics.result import QueryResult
 from fedbus.analytics.run import QuerySession
 from fedbus.analytics.statistics import Mean, Quantiles, Statistic, TopValues, Variance
 from fedbus.app import App
@@ -53,7 +53,7 @@ def session(story: Federation, *statistics: Statistic, **settings: Any) -> Query
     return QuerySession(story.app, story.connect("server"), inquiry, observers=[story.observe], **settings)
 
 
-async def ended(story: Federation, query: QuerySession) -> Result:
+async def ended(story: Federation, query: QuerySession) -> QueryResult:
     result = await story._start(query.run())
     await story.all_buses[-1].close()
     return result
