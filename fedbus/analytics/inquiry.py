@@ -206,6 +206,8 @@ class Inquiry:
             return wanted
         if kind in ("text", "bool"):
             wanted.top = max(wanted.top, _DESCRIBED)
+        if kind == "bool":
+            wanted.order = max(wanted.order, 1)
         if kind in ("int", "float"):
             wanted.order, wanted.extremes = 2, True
             wanted.quantiles = sorted({*wanted.quantiles, *QUARTILES})

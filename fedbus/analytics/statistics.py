@@ -115,7 +115,7 @@ class TopValues:
 @dataclass(frozen=True)
 class Describe:
     """What suits the kind of a column: counts, mean, standard deviation, extremes and quartiles of numbers, the ten top
-    values of strings and bools. None: of all columns."""
+    values of strings and bools, and the share of True. None: of all columns."""
 
     column: str | None = None
 

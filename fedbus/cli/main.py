@@ -37,6 +37,7 @@ from fedbus.cli.options import (
     log_level,
     run_async,
 )
+from fedbus.cli.query import query
 from fedbus.cli.screen import draw_curves, report, screen
 from fedbus.cli.simulate import simulate
 from fedbus.cli.status import status
@@ -55,6 +56,7 @@ app.add_typer(bench_app)
 app.command()(demo)
 app.command()(simulate)
 app.command()(status)
+app.command()(query)
 
 
 def _show_version(value: bool) -> None:

@@ -9,17 +9,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedbus.api import serve
-from fedbus.app import App
+from fedbus.app import App, load_app
 from fedbus.bus.node import PrivateNode
 from fedbus.errors import AppError, RunFailed
 from fedbus.observe import events as o
 from fedbus.server.history import History
+
+T = TypeVar("T")
 
 _STOP_PATIENCE_S = 10.0
 
@@ -211,6 +213,39 @@ async def run_federation(
             async with asyncio.timeout(_STOP_PATIENCE_S):
                 await clients.all_exited()
         return history
+
+
+async def query_federation(
+    reference: str,
+    ask: Callable[[App, str], Coroutine[Any, Any, T]],
+    *,
+    num_clients: int,
+    broker: str | None,
+    log_dir: Path,
+) -> T:
+    """What `ask(app, broker)` finds out among `num_clients` client processes, which end with it."""
+    async with (
+        client_processes(reference, log_dir=log_dir) as clients,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        url, app, _ = await _all(
+            stack.enter_async_context(broker_or_private(broker)),
+            asyncio.to_thread(load_app, reference),
+            clients.load(),
+        )
+        asking = asyncio.create_task(ask(app, url))
+        try:
+            for partition, name in enumerate(client_names(num_clients)):
+                await clients.spawn(name, broker=url, partition=partition, num_partitions=num_clients)
+            watching = asyncio.create_task(_fail_when_deserted(clients, asyncio.Event()))
+            await asyncio.wait({asking, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                await watching
+            watching.cancel()
+            return await asking
+        finally:
+            asking.cancel()
+            await asyncio.wait([asking])
 
 
 async def _fail_when_deserted(clients: ClientProcesses, closing: asyncio.Event) -> None:
