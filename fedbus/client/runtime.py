@@ -406,7 +406,6 @@ class ClientRuntime:
                     self._epoch = max(self._epoch, message.epoch)
                 else:
                     self._run_id, self._epoch = message.run_id, message.epoch
-                    self._memory.begin_run(message.run_id)
                     self._outbox.clear()
                     self._newest_fit = 0
                     self._context.cancel()  # whatever is being trained, it is for a run that is over
@@ -535,7 +534,7 @@ class ClientRuntime:
             model = await self._model_of(task)
             if not self._is_wanted(task):
                 return
-            trained = await self._code.answer(task, model, self._memory.before(task.task_id))
+            trained = await self._code.answer(task, model, self._remembered(task, but=task.task_id))
             del model
         finally:
             still_here.cancel()
@@ -546,8 +545,20 @@ class ClientRuntime:
         else:
             self._memory.discard(task.task_id)
 
+    def _remembered(self, task: m.FitTask | m.EvaluateTask, *, but: str = "") -> Tensors:
+        """What the client remembers of the task's run, but for an earlier attempt at a task.
+
+        A query neither knows nor changes it: one between two servers of a run must cost the run nothing.
+        """
+        if isinstance(task, m.FitTask) and task.purpose == "query":
+            return {}
+        self._memory.begin_run(task.run_id)
+        return self._memory.before(but)
+
     async def _remember(self, task: m.FitTask, trained: Trained) -> None:
         """Before it is sent: its receipt may come at any time from then on."""
+        if task.purpose == "query":
+            return
         if self._memory.is_on_disk:
             await asyncio.to_thread(self._memory.keep, task.task_id, trained.memory)
         else:
@@ -559,7 +570,7 @@ class ClientRuntime:
 
     async def _evaluate(self, task: m.EvaluateTask) -> None:
         await self._code.make()
-        result = await self._code.evaluate(await self._model_of(task), task.config, self._memory.before())
+        result = await self._code.evaluate(await self._model_of(task), task.config, self._remembered(task))
         await self._bus.publish(CONTROL, self._client_id, encode(report_of(self._client_id, task, result)))
 
     async def _model_of(self, task: m.FitTask | m.EvaluateTask) -> Tensors:

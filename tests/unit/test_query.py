@@ -6,6 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,22 @@ async def test_a_newcomer_does_not_change_what_is_counted() -> None:
         result = await running
         assert result.clients == ["client-1", "client-2"]
         assert result["age"].count == 60
+
+
+async def test_a_query_between_two_servers_of_a_run_leaves_what_the_clients_remember(tmp_path: Path) -> None:
+    class Counting(Hospital):
+        def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[list[Array], int, dict[str, Scalar]]:
+            before = float(self.context.memory.get("fits", np.zeros(1))[0])
+            self.context.memory["fits"] = np.array([before + 1])
+            return parameters, 1, {"fits": before + 1}
+
+    rounds = {"min_fit_clients": 3, "num_rounds": 4, "fraction_evaluate": 0}
+    async with federation(app_of(Counting, rounds=rounds), run_dir=tmp_path) as story:
+        clients = [story.start_client(name) for name in DATA]
+        story.start_server()
+        await story.until(o.RoundClosed, round=2)
+        await story.kill_server()
+        assert (await ended(story, session(story)))["age"].count == POOLED.size
+        history = await story.resume_server()
+        await asyncio.gather(*clients)
+        assert [record.fit_metrics["fits"] for record in history.rounds] == [1.0, 2.0, 3.0, 4.0]
