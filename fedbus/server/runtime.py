@@ -1072,8 +1072,7 @@ class Server:
 
     async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call into the strategy, in a thread where it may take long: a thread costs more than a small model's sums."""
-        is_ours = type(self._strategy).__module__.startswith("fedbus.")
-        if is_ours and self._model_bytes <= _SMALL_BYTES:
+        if self._strategy.is_quick and self._model_bytes <= _SMALL_BYTES:
             return _call_strategy(function, *args)
         return await asyncio.to_thread(_call_strategy, function, *args)
 

@@ -95,6 +95,11 @@ class Strategy(ABC):
     def check(self, rounds: RoundConfig) -> None:  # noqa: B027  # most have nothing against any
         """Raise `ConfigError`, saying what to do, when it makes no sense with such rounds."""
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether each call takes milliseconds for a model of a few MiB: then no thread is made for it."""
+        return False
+
     # ---- what it says to the clients -----------------------------------------------------------------------------
 
     def fit_config(self, round: int) -> Config:

@@ -34,6 +34,10 @@ class FedAsync(Strategy):
     def __repr__(self) -> str:
         return "FedAsync()"
 
+    @property
+    def is_quick(self) -> bool:
+        return type(self) is FedAsync
+
     def check(self, rounds: RoundConfig) -> None:
         if not (rounds.is_asynchronous and rounds.min_fit_clients == 1):
             raise ConfigError("FedAsync makes a version of each update: set rounds=RoundConfig.asynchronous()")

@@ -48,8 +48,6 @@ class FLTrust(StepStrategy):
         ClientCodeError: when `root_update` returns what is no step of the model.
     """
 
-    calls_user_code = True
-
     def __init__(
         self, root_update: Callable[[dict[str, Array]], Tensors], *, optimizer: ServerOptimizer | None = None
     ) -> None:
@@ -58,6 +56,10 @@ class FLTrust(StepStrategy):
 
     def __repr__(self) -> str:
         return described(self, getattr(self.root_update, "__name__", "..."))
+
+    @property
+    def is_quick(self) -> bool:
+        return False  # nobody knows how long root_update takes
 
     def init(self, model: Tensors) -> _Trusting:
         step = self.root_update(dict(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +50,14 @@ class NormBound(Strategy):
 
     def __repr__(self) -> str:
         return f"NormBound(max_norm={self.max_norm}, strategy={self.strategy!r})"
+
+    def __copy__(self) -> NormBound:
+        """Two servers' strategies must not remember in one place."""
+        return NormBound(self.max_norm, copy.copy(self.strategy))
+
+    @property
+    def is_quick(self) -> bool:
+        return self.strategy.is_quick
 
     def check(self, rounds: RoundConfig) -> None:
         self.strategy.check(rounds)

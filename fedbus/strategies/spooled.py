@@ -41,6 +41,10 @@ class SpooledStrategy(StepStrategy):
         """The fewest updates that it can work with, and in which words."""
         return 1, "an update"
 
+    @property
+    def is_quick(self) -> bool:
+        return False  # all updates are sorted, or multiplied with one another
+
     def check(self, rounds: RoundConfig) -> None:
         super().check(rounds)
         check_needed(self, *self.needed, rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ from fedbus.strategies.base import ClientUpdate, RoundInfo, Strategy
 from fedbus.strategies.bulyan import Bulyan
 from fedbus.strategies.clipping import CentredClipping
 from fedbus.strategies.fedavg import FedAvg
+from fedbus.strategies.fedopt import FedAvgM
 from fedbus.strategies.fltrust import FLTrust
 from fedbus.strategies.geometric import GeometricMedian
 from fedbus.strategies.krum import Krum, MultiKrum
@@ -468,6 +470,14 @@ def test_a_norm_bound_is_the_inner_strategy_of_shorter_updates(inner: StepStrate
     for name, value in wanted.items():
         coarse = 1e-2 if value.dtype.itemsize == 2 else 1e-5
         np.testing.assert_allclose(found[name].astype(np.complex128), value.astype(np.complex128), rtol=coarse)
+
+
+def test_a_copy_of_a_norm_bound_remembers_for_itself() -> None:
+    bound = NormBound(1.0, FedAvgM())
+    other = copy.copy(bound)
+    other.attach(memory={"m/w": np.ones(1)})
+    assert bound.memory == {}
+    assert repr(other) == repr(bound)
 
 
 def test_a_norm_bound_passes_on_what_the_server_gives_and_asks(tmp_path: Path) -> None:
