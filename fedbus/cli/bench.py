@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedbus.bench.aggregate import STRATEGIES, AggregateBench, bench_aggregate
+from fedbus.bench.aggregate import Spec as AggregateSpec
 from fedbus.bench.heart_disease import SEEDS, bench_heart_disease
 from fedbus.bench.heart_disease import Outcome as HeartDisease
 from fedbus.bench.measure import RoundBench, Spread, bench_round
@@ -77,6 +79,42 @@ def stragglers(
     )
     late = ", ".join(map(str, found.staleness)) or "none"
     typer.echo(f"{found.updates} updates, {found.slow_updates} of slow clients; versions late: {late}")
+
+
+@bench_app.command()
+def aggregate(
+    clients: Annotated[int, typer.Option("--clients", help="Updates in the round.")] = 64,
+    mib: Annotated[float, typer.Option("--mib", help="Size of the model, and of each update.")] = 100.0,
+    strategy: Annotated[str, typer.Option("--strategy", help=f"One of {', '.join(STRATEGIES)}.")] = "trimmed-mean",
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where updates are spooled; else where temporary files go.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time one round of aggregation in a process of its own, without a bus, and tell its memory.
+
+    Strategies that must see all updates spool them to disk: as many times the model's size as there are clients.
+    """
+    spec = AggregateSpec(strategy=strategy, clients=clients, mib=mib, folder=None if folder is None else str(folder))
+    found = run_async(bench_aggregate(spec))
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        _show_aggregate(found)
+
+
+def _show_aggregate(found: AggregateBench) -> None:
+    gib = found.clients * found.mib / 1024
+    typer.echo(f"{found.strategy}: {found.clients} updates of {found.mib:g} MiB, {gib:.2f} GiB in all")
+    table = Table.grid(padding=(0, 2))
+    table.add_row("fold", f"{_duration(found.fold_s)}, {gib / max(found.fold_s, 1e-3):.2f} GiB/s")
+    table.add_row("finish", f"{_duration(found.finish_s)}, {gib / max(found.finish_s, 1e-3):.2f} GiB/s")
+    if found.read_s is not None:
+        ratio = found.finish_s / max(found.read_s, 1e-3)
+        table.add_row("reading the spool once", f"{_duration(found.read_s)}; finish takes {ratio:.1f} times as long")
+    table.add_row("peak memory", f"{_mib(found.peak_mib)}; {_mib(found.start_mib)} before the round")
+    Console(highlight=False).print(table)
 
 
 @bench_app.command(name="regimes")

@@ -6,14 +6,16 @@ import asyncio
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fedbus.bench import noop
+from fedbus.bench.aggregate import STRATEGIES, Spec, bench_aggregate, measure
 from fedbus.bench.floor import PART_BYTES, Job
 from fedbus.bench.measure import Spread, bench_round, peak_rss_mib, spread
-from fedbus.errors import ConfigError
+from fedbus.errors import ConfigError, RunFailed
 from fedbus.training.base import ClientContext
 from fedbus.wire.transfer import Outgoing
 
@@ -88,3 +90,38 @@ def test_the_peak_of_no_process_is_unknown() -> None:
 def test_a_model_of_no_size_is_refused(mib: float) -> None:
     with pytest.raises(ConfigError, match="--model-mib must be more than 0"):
         asyncio.run(bench_round(clients=1, model_mib=mib, rounds=3, broker=None, run_dir=None))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+@pytest.mark.parametrize("strategy", ["trimmed-mean", "krum"])
+def test_a_round_of_many_updates_takes_the_memory_of_a_few(strategy: str, tmp_path: Path) -> None:
+    found = asyncio.run(bench_aggregate(Spec(strategy=strategy, clients=64, mib=4.0, folder=str(tmp_path))))
+    assert found.peak_mib - found.start_mib < 64 * 4 / 2  # a dozen buffers for each core, and the next model
+    assert found.read_s is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_measurement_that_fails_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"the measurement failed: .*cannot be kept in .*gone: No such file"):
+        await bench_aggregate(Spec(strategy="median", clients=3, mib=0.1, folder=str(tmp_path / "gone")))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_can_be_measured(strategy: str) -> None:
+    found = measure(Spec(strategy=strategy, clients=11, mib=0.02))
+    assert (found.strategy, found.clients) == (strategy, 11)
+    assert found.fold_s >= 0
+    assert found.finish_s >= 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"strategy": "mode"}, "--strategy 'mode' is not known: take one of fedavg, median"),
+        ({"clients": 2}, "--clients must be 3 or more"),
+        ({"mib": float("nan")}, "--mib more than 0"),
+    ],
+)
+def test_an_aggregation_that_cannot_be_measured_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Spec(**settings)
