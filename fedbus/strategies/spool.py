@@ -33,6 +33,9 @@ _PIECE: Final = 1 << 16
 _PADDING_BYTES: Final = 64
 """Behind each row of a block: rows a power of two apart would share few lines of the cache, and columns would be read
 five times slower."""
+_AHEAD_BYTES: Final = 32 << 20
+"""What is asked of the disk at a time, of all updates together: runs so long that a disk has little to seek."""
+_MAX_AHEAD: Final = 1 << 20
 _MAX_WORKERS: Final = 8
 _ALONE_BYTES: Final = 1 << 20
 """What is read sooner than threads are started."""
@@ -92,6 +95,23 @@ class _File:
                 count = os.preadv(self._file.fileno(), [raw[done:].data], offset + done)
             assert count, "what was written is there"
             done += count
+
+    def readahead(self, offsets: Sequence[int], size: int) -> Callable[[int], None]:
+        """For runs of `size` bytes that are read side by side: to be called with how far that has come, it has the
+        system read on meanwhile."""
+        step = min(max(_AHEAD_BYTES // len(offsets), _ALIGN), _MAX_AHEAD)
+        asked = 0
+
+        def ask(read: int) -> None:
+            nonlocal asked
+            while asked < min(read + step, size):
+                for offset in offsets:
+                    os.posix_fadvise(
+                        self._file.fileno(), offset + asked, min(step, size - asked), os.POSIX_FADV_WILLNEED
+                    )
+                asked += step
+
+        return ask if hasattr(os, "posix_fadvise") else lambda read: None
 
 
 class Spool:
@@ -179,7 +199,7 @@ class Spool:
             is_wide: values as float64; else as float32 where that holds them.
         """
         updates = self.updates()
-        tables = [update.delta for update in updates]
+        tables = [_spooled(update.delta) for update in updates]
         chosen = range(len(updates)) if rows is None else rows
         jobs = self._jobs(tables, chosen, kinds)
         local = threading.local()
@@ -194,22 +214,24 @@ class Spool:
             self._tell_done((at.stop - at.start) * self._layout[name].dtype.itemsize * len(chosen))
             yield name, at, result
 
-    def _jobs(self, tables: list[Tensors], chosen: Sequence[int], kinds: str) -> Iterator[_Job]:
+    def _jobs(self, tables: list[SpooledTensors], chosen: Sequence[int], kinds: str) -> Iterator[_Job]:
         for name, place in self._layout.items():
             rows = [row for row in chosen if name in tables[row]]
             if rows and _kind(place.dtype) in kinds:
+                offsets = [tables[row].offset(name) for row in rows]
+                ahead = self._file.readahead(offsets, place.size * place.dtype.itemsize)
                 most = _BLOCK_BYTES // (len(rows) * place.dtype.itemsize)
                 cuts = blocks(place.size, min(max(most, _MIN_BLOCK), _MAX_BLOCK)) if place.size else [slice(0, 0)]
-                yield from (_Job(name, at, rows) for at in cuts)
+                for at in cuts:
+                    ahead(at.stop * place.dtype.itemsize)
+                    yield _Job(name, at, rows)
 
-    def _block(self, job: _Job, tables: list[Tensors], scratch: _Scratch, is_wide: bool) -> Block:
+    def _block(self, job: _Job, tables: list[SpooledTensors], scratch: _Scratch, is_wide: bool) -> Block:
         place = self._layout[job.name]
         start, count = job.at.start * place.dtype.itemsize, job.at.stop - job.at.start
         raw = scratch.rows("raw", len(job.rows), count, place.dtype)
         for out, row in zip(raw, job.rows, strict=True):
-            table = tables[row]
-            assert isinstance(table, SpooledTensors)
-            self._file.read(out, table.offset(job.name) + start)
+            self._file.read(out, tables[row].offset(job.name) + start)
         values = _reals(raw)
         wanted = np.dtype(np.float64 if is_wide or _needs_float64(place.dtype) else np.float32)
         if values.dtype != wanted:
@@ -332,6 +354,11 @@ def _layout(specs: Iterable[tuple[str, np.dtype[Any], tuple[int, ...]]]) -> tupl
         places[name] = _Place(end, dtype, shape, size)
         end = -(-(end + size * dtype.itemsize) // _ALIGN) * _ALIGN
     return places, end
+
+
+def _spooled(delta: Tensors) -> SpooledTensors:
+    assert isinstance(delta, SpooledTensors)
+    return delta
 
 
 def _kind(dtype: np.dtype[Any]) -> str:

@@ -167,6 +167,25 @@ def test_progress_ends_with_all_of_it() -> None:
     assert {total for _, total in told} == {told[-1][0]}
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="only where the system can be asked")
+def test_the_disk_is_asked_for_each_byte_once_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "_AHEAD_BYTES", 30_000)
+    size = 40_000
+    made = filled({"w": np.zeros(size, np.float32)}, [update(c, {"w": np.ones(size, np.float32)}) for c in "abc"])
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, count, advice: asked.append((at, at + count)))
+    ends = []
+    for _, at, _ in made.reduce(lambda block: None):
+        ends.append(4 * at.stop)
+        assert max(end for _, end in asked) >= 2 * 4 * size + ends[-1]  # of the last of them
+    assert len(ends) > 1
+    assert asked != sorted(asked)  # side by side, as they are read
+    for offset in (each.delta.offset("w") for each in made.updates()):  # type: ignore[attr-defined]
+        runs = sorted(run for run in asked if offset <= run[0] < offset + 4 * size)
+        assert [run[0] for run in runs] == [offset, *(run[1] for run in runs[:-1])]
+        assert runs[-1][1] == offset + 4 * size
+
+
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
