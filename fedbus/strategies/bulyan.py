@@ -74,8 +74,12 @@ def bulyan_selection(distances: NDArray[np.float64], f: int) -> list[int]:
 def near_median(columns: Array, count: int) -> NDArray[np.float64]:
     """The mean of the `count` values of each row that are nearest to its median; the rows ascend."""
     median = middle(columns)
-    firsts = np.arange(columns.shape[1] - count + 1)
-    # The nearest lie side by side; the further end of a run says how near it is as a whole.
-    reach = np.stack([np.maximum(median - columns[:, k], columns[:, k + count - 1] - median) for k in firsts])
-    at = np.argmin(reach, axis=0)[:, None] + np.arange(count)
-    return row_means(np.take_along_axis(columns, at, axis=1))
+    # The nearest lie side by side; the further end of such a run says how near it is as a whole.
+    rows = np.ascontiguousarray(columns.T)
+    nearest, reach = np.zeros(len(columns), np.intp), np.full(len(columns), np.inf)
+    for first in range(columns.shape[1] - count + 1):
+        further = np.maximum(median - rows[first], rows[first + count - 1] - median)
+        np.copyto(nearest, first, where=further < reach)
+        np.minimum(reach, further, out=reach)
+    runs = np.lib.stride_tricks.sliding_window_view(columns, count, axis=1)
+    return row_means(runs[np.arange(len(columns)), nearest])
