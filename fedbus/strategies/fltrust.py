@@ -73,9 +73,9 @@ class FLTrust(StepStrategy):
         return _Trusting(root=root, root_norm=norm, mean=StreamingMean(model))
 
     def fold(self, state: _Trusting, update: ClientUpdate) -> None:
-        trust, norm = _trust(state, update)
+        trust, norm = _cosine(state, update)
         state.came += 1
-        if trust > 0:
+        if trust > 0:  # ReLU
             state.trusted += 1
             counts = trust * update.discount
             state.mean.add(update, factor=counts * state.root_norm / norm, weight=trust, whole_factor=counts)
@@ -92,8 +92,8 @@ def _reals(value: Array, like: Array) -> Array:
     return flat.view(np.float64).astype(np.float64 if like.dtype in (np.float64, np.complex128) else np.float32)
 
 
-def _trust(state: _Trusting, update: ClientUpdate) -> tuple[float, float]:
-    """t_i, and the length of d_i."""
+def _cosine(state: _Trusting, update: ClientUpdate) -> tuple[float, float]:
+    """cos(d_i, g), and the length of d_i."""
     squares, products = [], []
     for name, start, values in runs(update.peek()):
         wide = values.astype(np.float64)
@@ -102,4 +102,4 @@ def _trust(state: _Trusting, update: ClientUpdate) -> tuple[float, float]:
             wide *= state.root[name][start : start + wide.size]
             products.append(float(np.add.reduce(wide)))
     norm = math.sqrt(math.fsum(squares))
-    return (max(0.0, math.fsum(products) / norm / state.root_norm), norm) if norm else (0.0, 0.0)
+    return (math.fsum(products) / norm / state.root_norm, norm) if norm else (0.0, 0.0)

@@ -215,14 +215,19 @@ def test_what_fails_in_a_thread_comes_out_and_the_others_stop(monkeypatch: pytes
     made.close()
 
 
+@pytest.mark.skipif(blas._symbol("set_num_threads") is None, reason="numpy has another library here")
 def test_linear_algebra_has_its_threads_back_afterwards() -> None:
-    threads = blas._get_threads()
+    threads, set_threads = blas._get_threads(), blas._set_threads()
     before = threads()
-    with blas.calls_in_one_thread():
+    set_threads(2)
+    try:
         with blas.calls_in_one_thread():
+            with blas.calls_in_one_thread():
+                assert threads() == 1
             assert threads() == 1
-        assert threads() == 1
-    assert threads() == before
+        assert threads() == 2
+    finally:
+        set_threads(before)
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
