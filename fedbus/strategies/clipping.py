@@ -55,6 +55,10 @@ class CentredClipping(StepStrategy):
     def __repr__(self) -> str:
         return described(self, f"radius={self.radius}", f"iterations={self.iterations}")
 
+    @property
+    def is_quick(self) -> bool:
+        return super().is_quick and self.iterations == 1
+
     def init(self, model: Tensors) -> _Clipped | Spool:
         if self.iterations > 1:
             return Spool(model, self.folder, self.report)
