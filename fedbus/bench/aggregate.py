@@ -80,15 +80,19 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class AggregateBench:
-    """`fold_s` and `finish_s` are of all updates; `read_s`: reading what was spooled once, doing nothing with it, None
-    where nothing is spooled. `peak_mib` is the peak resident set, of which `start_mib` were there before the round, the
-    model included."""
+    """What `fedbus bench aggregate` tells.
+
+    `fold_s` and `finish_s` are of all updates, `finish_cpu_s` what all threads took for the latter. `read_s`: reading
+    what was spooled once, doing nothing with it; None where nothing is spooled. `peak_mib` is the peak resident set, of
+    which `start_mib` were there before the round, the model included.
+    """
 
     strategy: str
     clients: int
     mib: float
     fold_s: float
     finish_s: float
+    finish_cpu_s: float
     read_s: float | None
     start_mib: float
     peak_mib: float
@@ -133,15 +137,16 @@ def measure(spec: Spec) -> AggregateBench:
         strategy.fold(state, ClientUpdate(client_id=f"{index:05}", task_id="1", delta=delta, num_examples=1))
     folded = time.perf_counter()
     read_s = _read_once(state) if isinstance(state, Spool) else None
-    begins = time.perf_counter()
+    begins, cpu_s = time.perf_counter(), time.process_time()
     strategy.finish(state, model)
-    finished = time.perf_counter()
+    finished, cpu_s = time.perf_counter(), time.process_time() - cpu_s
     return AggregateBench(
         strategy=spec.strategy,
         clients=spec.clients,
         mib=spec.mib,
         fold_s=round(folded - began, 3),
         finish_s=round(finished - begins, 3),
+        finish_cpu_s=round(cpu_s, 3),
         read_s=None if read_s is None else round(read_s, 3),
         start_mib=round(start_mib or 0.0, 1),
         peak_mib=round(peak_rss_mib(os.getpid()) or 0.0, 1),

@@ -109,7 +109,9 @@ def _show_aggregate(found: AggregateBench) -> None:
     typer.echo(f"{found.strategy}: {found.clients} updates of {found.mib:g} MiB, {gib:.2f} GiB in all")
     table = Table.grid(padding=(0, 2))
     table.add_row("fold", f"{_duration(found.fold_s)}, {gib / max(found.fold_s, 1e-3):.2f} GiB/s")
-    table.add_row("finish", f"{_duration(found.finish_s)}, {gib / max(found.finish_s, 1e-3):.2f} GiB/s")
+    finish_gib_s = gib / max(found.finish_s, 1e-3)
+    cores = found.finish_cpu_s / max(found.finish_s, 1e-3)
+    table.add_row("finish", f"{_duration(found.finish_s)}, {finish_gib_s:.2f} GiB/s, on {cores:.1f} cores")
     if found.read_s is not None:
         ratio = found.finish_s / max(found.read_s, 1e-3)
         table.add_row("reading the spool once", f"{_duration(found.read_s)}; finish takes {ratio:.1f} times as long")
