@@ -22,11 +22,11 @@ class Bulyan(SpooledStrategy):
     """Krum selects n - 2f updates, one after the other; each coordinate takes the mean of the n - 4f of them that are
     nearest to their median.
 
-    El Mhamdi et al. 2018 (The Hidden Vulnerability of Distributed Learning in Byzantium), section 4, with Krum; it
-    bears f hostile updates of n >= 4f + 3. After each selection scores are taken anew among those that remain, of the
-    n' - f - 2 nearest of n' (of one at least). Ties go to the first by (client_id, task_id), and to the smaller values.
-    Of the selected only those that hold a tensor count for it, and 2f of them are left out there, too. For distances
-    and discounts see `Krum`.
+    El Mhamdi et al. 2018 (The Hidden Vulnerability of Distributed Learning in Byzantium), with Krum; it bears f hostile
+    updates of n >= 4f + 3. After each selection scores are taken anew among those that remain, of the n' - f - 2
+    nearest of n' (of one at least). Ties go to the first by (client_id, task_id), and to the smaller values. Of the
+    selected only those that hold a tensor count for it, and 2f of them are left out there, too. For distances and
+    discounts see `Krum`.
 
     Args:
         f: hostile updates in a round, at most.

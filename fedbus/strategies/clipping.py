@@ -27,9 +27,9 @@ _SLOT = "centre"
 class CentredClipping(StepStrategy):
     """v <- v + (1/n) sum_i((d_i - v) min(1, tau / ||d_i - v||)); w <- w + v, with v at first what it was last round.
 
-    Karimireddy et al. 2021 (Learning from History for Byzantine Robust Optimization), algorithm 2. Each client counts
-    alike, however many examples it has, and moves v by tau / n at most. Which tau is right goes with the length of
-    honest updates: somewhat more than their distance from one another.
+    Karimireddy et al. 2021 (Learning from History for Byzantine Robust Optimization), centered clipping. Each client
+    counts alike, however many examples it has, and moves v by tau / n at most. Which tau is right goes with the length
+    of honest updates: somewhat more than their distance from one another.
 
     Floating and complex tensors make the distance, those that the update holds; each tensor takes the mean over the
     updates that hold it. Integers and bools take their plain mean. The d_i of a late update is multiplied by its

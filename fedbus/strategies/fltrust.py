@@ -30,9 +30,10 @@ class _Trusting:
 class FLTrust(StepStrategy):
     """w <- w + sum_i(t_i ||g|| d_i / ||d_i||) / sum_i(t_i), with t_i = ReLU(cos(d_i, g)), and g the server's own step.
 
-    Cao et al. 2021 (FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping), equations 2 to 4. g comes
-    from a small clean data set that the server has, about 100 examples in the paper, trained on as the clients do. It
-    bears any number of hostile updates; where nobody goes the way of g, the round is discarded.
+    Cao et al. 2021 (FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping): trust scores, lengths
+    brought to g's, and their mean. g comes from a small clean data set that the server has, about 100 examples in the
+    paper, trained on as the clients do. It bears any number of hostile updates; where nobody goes the way of g, the
+    round is discarded.
 
     Floating and complex tensors make lengths and angles. Integers and bools take the mean weighted with t_i. The d_i of
     a late update is multiplied by its discount, after it was brought to g's length.

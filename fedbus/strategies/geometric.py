@@ -23,9 +23,9 @@ _HALF = 0.5 + 1e-12
 class GeometricMedian(SpooledStrategy, WeightedStrategy):
     """w <- w + v, with v next to all updates: about the minimum of sum_i(p_i ||v - d_i||), p_i = n_i / sum(n).
 
-    Pillutla et al. 2022 (Robust Aggregation for Federated Learning; RFA), algorithm 2, the smoothed Weiszfeld
-    algorithm: b_i = p_i / max(nu, ||v - d_i||), v <- sum_i(b_i d_i) / sum_i(b_i), three times. While hostile updates
-    have less than half of the weight, v stays near the honest ones, however far away the hostile are.
+    Pillutla et al. 2022 (Robust Aggregation for Federated Learning; RFA), the smoothed Weiszfeld algorithm: b_i = p_i /
+    max(nu, ||v - d_i||), v <- sum_i(b_i d_i) / sum_i(b_i), three times. While hostile updates have less than half of
+    the weight, v stays near the honest ones, however far away the hostile are.
 
     v begins as the mean of those updates that are nearest to their medoid and have half of the weight between them. The
     mean of all, which huge updates carry away, would need more than three steps to come back.

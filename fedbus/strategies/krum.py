@@ -19,10 +19,10 @@ from fedbus.types import Tensors
 class Krum(SpooledStrategy):
     """w <- w + d_i, with i the update whose n - f - 2 nearest others are nearest, in squared distance.
 
-    Blanchard et al. 2017 (Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent), section 4; it bears
-    f hostile updates of n >= 2f + 3. Of several with one score the first by (client_id, task_id) is taken. Floating and
-    complex tensors make the distance, where a tensor that an update does not hold is a step of zero; the others come
-    along. The d_i of a late update is multiplied by its discount beforehand.
+    Blanchard et al. 2017 (Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent), the Krum function;
+    it bears f hostile updates of n >= 2f + 3. Of several with one score the first by (client_id, task_id) is taken.
+    Floating and complex tensors make the distance, where a tensor that an update does not hold is a step of zero; the
+    others come along. The d_i of a late update is multiplied by its discount beforehand.
 
     Args:
         f: hostile updates in a round, at most.
@@ -59,13 +59,12 @@ class Krum(SpooledStrategy):
 class MultiKrum(Krum):
     """w <- w + the mean of the m updates that `Krum` prefers.
 
-    Blanchard et al. 2017 (Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent), section 4, m-Krum,
-    and with m = n - f as in section 5. Each of them counts alike, however many examples it has; a tensor takes the mean
-    of those that hold it.
+    Blanchard et al. 2017 (Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent), Multi-Krum. Each of
+    them counts alike, however many examples it has; a tensor takes the mean of those that hold it.
 
     Args:
         f: hostile updates in a round, at most; n >= 2f + 3.
-        m: how many are averaged, at most n - f; None: n - f.
+        m: how many are averaged, at most n - f; None: n - f, all but as many as may be hostile.
         optimizer: takes the step.
 
     Raises:

@@ -23,8 +23,8 @@ from fedbus.types import Array, Config, ExtraSpec, Piece, Tensors
 class NormBound(Strategy):
     """Each d_i becomes d_i min(1, M / ||d_i||) before `strategy` sees it.
 
-    Sun et al. 2019 (Can You Really Backdoor Federated Learning?), section 4, norm thresholding of updates. Nobody
-    moves the model by more than M times its share; more it does not promise.
+    Sun et al. 2019 (Can You Really Backdoor Federated Learning?), norm thresholding of updates. Nobody moves the model
+    by more than M times its share; more it does not promise.
 
     The length is over all floating and complex tensors that the update holds, and these are scaled. A late update's
     discount comes after it.
