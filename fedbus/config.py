@@ -200,7 +200,15 @@ class Tiers:
         _at_least(2, num_tiers=self.num_tiers)
 
 
-Selection: TypeAlias = Uniform | Oort | Tiers
+@dataclass(frozen=True)
+class Cyclic:
+    """Clients are asked in turn: first whoever was asked longest ago, by name among those asked in the same round.
+
+    With the same clients all the time that is round robin in the order of their names; who joins is next.
+    """
+
+
+Selection: TypeAlias = Uniform | Oort | Tiers | Cyclic
 
 
 # ---- rounds ----------------------------------------------------------------------------------------------------------
@@ -218,7 +226,7 @@ update is about n / k versions late as a matter of course."""
 
 @dataclass(frozen=True, kw_only=True)
 class RoundConfig:
-    """How rounds open and close. Four presets set what belongs together: `synchronous`, `semi_synchronous`,
+    """How rounds open and close. Five presets set what belongs together: `synchronous`, `semi_synchronous`, `cyclic`,
     `buffered` (FedBuff) and `asynchronous` (FedAsync).
 
     Args:
@@ -285,6 +293,15 @@ class RoundConfig:
         return cls._preset("semi_synchronous", fixed, settings)
 
     @classmethod
+    def cyclic(cls, clients: int, **settings: Any) -> RoundConfig:
+        """One client is asked in each round, all of them in turn; the first round waits for `clients` of them.
+
+        Who leaves or fails is replaced by the next one.
+        """
+        fixed = {"min_fit_clients": 1, "min_available_clients": clients, "over_selection": 1.0, "selection": Cyclic()}
+        return cls._preset("cyclic", fixed, settings)
+
+    @classmethod
     def buffered(cls, k: int = 10, **settings: Any) -> RoundConfig:
         """FedBuff (Nguyen et al. 2022): all idle clients train on the newest model; `k` updates make the next one.
 
@@ -339,7 +356,7 @@ class RoundConfig:
         if not isinstance(self.staleness, Staleness):
             raise ConfigError(f"staleness must be Constant(), Polynomial(a) or Hinge(a, b), not {self.staleness!r}")
         if not isinstance(self.selection, Selection):
-            raise ConfigError(f"selection must be Uniform(), Oort(...) or Tiers(...), not {self.selection!r}")
+            raise ConfigError(f"selection must be Uniform(), Oort(...), Tiers(...) or Cyclic(), not {self.selection!r}")
         if self.lease_s < 2 * self.heartbeat_s:
             raise ConfigError(
                 f"lease_s ({self.lease_s}) must be at least twice heartbeat_s ({self.heartbeat_s}), "

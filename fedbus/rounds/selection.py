@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fedbus.config import Oort, Selection, Tiers, Uniform
+from fedbus.config import Cyclic, Oort, Selection, Tiers, Uniform
 from fedbus.rounds.clients import ClientRecord, ClientRecords
 from fedbus.rounds.cohort import sample, sample_weighted, uniform
 
@@ -45,6 +45,8 @@ def select(
             return _by_utility(policy, chance, list(eligible), size, records)
         case Tiers():
             return _by_tier(policy, chance, list(eligible), size, records)
+        case Cyclic():
+            return _in_turn(eligible, size, records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,17 @@ class _Chance:
 def _tried(eligible: Iterable[str], records: ClientRecords) -> dict[str, ClientRecord]:
     found = ((client_id, records.get(client_id)) for client_id in eligible)
     return {client_id: record for client_id, record in found if record is not None and record.asked}
+
+
+# ---- in turn ---------------------------------------------------------------------------------------------------------
+
+
+def _in_turn(eligible: Iterable[str], size: int, records: ClientRecords) -> tuple[str, ...]:
+    def last_round(client_id: str) -> int:
+        record = records.get(client_id)
+        return 0 if record is None else record.last_round
+
+    return tuple(heapq.nsmallest(size, eligible, key=lambda client_id: (last_round(client_id), client_id)))
 
 
 # ---- Oort ------------------------------------------------------------------------------------------------------------

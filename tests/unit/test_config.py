@@ -11,6 +11,7 @@ import pytest
 
 from fedbus.config import (
     Constant,
+    Cyclic,
     Hinge,
     Oort,
     Polynomial,
@@ -54,6 +55,10 @@ def fields(rounds: RoundConfig) -> dict[str, Any]:
     [
         (RoundConfig(), {}),
         (RoundConfig.synchronous(7), {"min_fit_clients": 7, "over_selection": 1.0}),
+        (
+            RoundConfig.cyclic(4),
+            {"min_fit_clients": 1, "min_available_clients": 4, "over_selection": 1.0, "selection": Cyclic()},
+        ),
         (RoundConfig.semi_synchronous(10), {"min_fit_clients": 10, "over_selection": 1.3}),
         (RoundConfig.semi_synchronous(10, 2), {"min_fit_clients": 10, "over_selection": 2}),
         (
@@ -184,7 +189,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"mixing": 1.1}, "mixing (alpha) must be in (0, 1], not 1.1"),
     ({"mixing": NAN}, "mixing (alpha) must be in (0, 1], not nan"),
     ({"staleness": 0.5}, "staleness must be Constant(), Polynomial(a) or Hinge(a, b), not 0.5"),
-    ({"selection": "oort"}, "selection must be Uniform(), Oort(...) or Tiers(...), not 'oort'"),
+    ({"selection": "oort"}, "selection must be Uniform(), Oort(...), Tiers(...) or Cyclic(), not 'oort'"),
     ({"over_selection": 0.9}, "over_selection must be 1 or more, not 0.9"),
     ({"over_selection": INF}, "over_selection must be 1 or more, not inf"),
     ({"over_selection": NAN}, "over_selection must be 1 or more, not nan"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbus.config import Oort, Selection, Tiers, Uniform
+from fedbus.config import Cyclic, Oort, Selection, Tiers, Uniform
 from fedbus.rounds.clients import ClientRecord
 from fedbus.rounds.cohort import rank, sample, sample_weighted
 from fedbus.rounds.selection import select
@@ -105,7 +105,7 @@ pasts = st.dictionaries(
 
 
 @given(
-    st.sampled_from(POLICIES),
+    st.sampled_from([*POLICIES, Cyclic()]),
     pasts,
     st.sets(st.sampled_from(NAMES)),
     st.integers(-1, 25),
@@ -339,3 +339,27 @@ def test_who_was_asked_and_never_answered_is_in_the_slowest_tier() -> None:
 def test_tiers_without_any_duration_are_one() -> None:
     past = records(seconds=None)
     assert choose(Tiers(), past, 5) == sample(0, 2, "fit", NAMES, 5)
+
+
+# ---- in turn ---------------------------------------------------------------------------------------------------------
+
+
+def test_clients_are_asked_in_turn_and_who_joins_is_next() -> None:
+    past: dict[str, ClientRecord] = {}
+    clients = ["b", "a", "c"]
+    asked = []
+    for round_ in range(1, 12):
+        if round_ == 5:
+            clients.append("aa")
+        if round_ == 9:
+            clients.remove("b")
+        (client,) = choose(Cyclic(), past, 1, eligible=clients, round=round_)
+        past.setdefault(client, ClientRecord(client_id=client)).note_asked(round_)
+        asked.append(client)
+    assert "".join(client[-1] if client != "aa" else "A" for client in asked) == "abcaAbcaAca"
+
+
+def test_somebody_in_turn_who_cannot_is_replaced_by_the_next() -> None:
+    past = {name: record(name, last_round=round_) for name, round_ in (("a", 1), ("b", 2), ("c", 3))}
+    assert choose(Cyclic(), past, 2, eligible="cba", round=4) == ("a", "b")
+    assert choose(Cyclic(), past, 1, eligible="cb", round=4) == ("b",)
