@@ -12,6 +12,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ from fedbus.bus.access import Access
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.bundle import Bundle
 from fedbus.bus.memory import MemoryBroker
-from fedbus.errors import BrokerClosed, ConfigError, DecodeError, RunFailed
+from fedbus.errors import BrokerClosed, ConfigError, DecodeError, RunFailed, UpdateRefused
 from fedbus.observe.glance import _parse
 from fedbus.rounds import events as e
 from fedbus.server.guard import Guard
@@ -30,6 +31,7 @@ from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Ledger
 from fedbus.server.staging import StagedUpdate
+from fedbus.strategies.xgboost_trees import read_booster, with_trees, write_model
 from fedbus.tensorfile import load_model, save_model
 from fedbus.types import ExtraSpec, Tensors
 from fedbus.wire import messages as m
@@ -318,6 +320,39 @@ def _ledger_seeds() -> list[bytes]:
         return [whole, damaged]
 
 
+# ---- trees -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _boosters() -> list[bytes]:
+    """A model without trees, and two trees for it."""
+    import xgboost as xgb
+
+    x = np.arange(60.0).reshape(20, 3) % 7
+    data = xgb.DMatrix(x, x[:, 0] > 3)
+    params = {"objective": "binary:logistic", "base_score": 0.5, "max_depth": 2, "nthread": 1}
+    return [bytes(xgb.train(params, data, rounds).save_raw("json")) for rounds in (0, 2)]
+
+
+def _trees(data: bytes) -> None:
+    """What is let pass must be such that XGBoost, which checks little, can work with it."""
+    import xgboost as xgb
+
+    start = read_booster(_boosters()[0])
+    try:
+        booster = read_booster(data, like=start.shape, most_iterations=2)
+    except UpdateRefused:
+        return
+    whole = xgb.Booster({"nthread": 1})
+    whole.load_model(bytearray(with_trees(write_model(start), start.shape, [(booster, 0.5)])))
+    assert whole.num_boosted_rounds() == booster.iterations
+    assert whole.inplace_predict(np.full((2, 3), np.nan)).shape == (2,)
+
+
+def _trees_seeds() -> list[bytes]:
+    return [*_boosters(), b"[" * 5000]
+
+
 # ---- a status --------------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +362,7 @@ def _status(data: bytes) -> None:
 
 
 TARGETS: Final = {
+    "trees": Target(one=_trees, seeds=_trees_seeds),
     "decode": Target(one=_decode, seeds=_message_seeds),
     "parted": Target(one=_parted, seeds=_scripts),
     "intake": Target(one=_intake, seeds=_scripts),

@@ -44,8 +44,8 @@ def is_allowed(path: str, room: str, module: str) -> bool:
     top = module.split(".")[0]
     if top == "aiormq":
         return path in ("bus/rabbitmq.py", "bench/floor.py")  # the floor is what aiormq does without us
-    if top == "torch":
-        return path == "training/torch.py" or room == "examples"
+    if top in ("torch", "xgboost"):
+        return path == f"training/{top}.py" or room == "examples"
     is_ours = top == "fedbus"
     if f"fedbus.{room}" in LEAVES:
         return not is_ours or any(is_under(module, leaf) for leaf in LEAVES)
@@ -79,6 +79,9 @@ def test_a_module_imports_only_what_its_room_may(file: Path) -> None:
         ("bench/measure.py", "import aiormq"),
         ("server/runtime.py", "from aiormq.exceptions import AMQPError"),
         ("training/base.py", "import torch"),
+        ("training/torch.py", "import xgboost"),
+        ("strategies/xgboost_trees.py", "import xgboost"),
+        ("strategies/xgboost_bagging.py", "from fedbus.training.xgboost import XGBClient"),
         ("server/runtime.py", "from torch import nn"),
         ("wire/codec.py", "from fedbus.bus import base"),
         ("bus/base.py", "from fedbus import rounds"),
@@ -101,6 +104,7 @@ def test_the_rule_lets_the_designed_homes_be() -> None:
     assert not violations("bus/rabbitmq.py", "import aiormq")
     assert not violations("bench/floor.py", "import aiormq")
     assert not violations("training/torch.py", "import torch")
+    assert not violations("training/xgboost.py", "import xgboost as xgb")
     assert not violations("examples/digits.py", "from torch import nn")
     assert not violations("worker/runtime.py", "from fedbus.client.upload import Upload")
     assert not violations("rounds/engine.py", "import math\nfrom fedbus.config import RoundConfig")
@@ -110,7 +114,7 @@ def test_importing_fedbus_is_cheap() -> None:
     """The keeper, the shell's completion and `fedbus --help` must not pay for torch."""
     import subprocess
 
-    heavy = {"torch", "sklearn", "matplotlib", "scipy", "cryptography"}
+    heavy = {"torch", "xgboost", "sklearn", "matplotlib", "scipy", "cryptography"}
     code = f"import sys, fedbus.cli.main; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
