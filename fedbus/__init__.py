@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedbus.bus.access import Access as Access
     from fedbus.bus.bundle import Bundle as Bundle
     from fedbus.config import Constant as Constant
+    from fedbus.config import Cyclic as Cyclic
     from fedbus.config import Hinge as Hinge
     from fedbus.config import Oort as Oort
     from fedbus.config import Polynomial as Polynomial
@@ -82,6 +83,8 @@ if TYPE_CHECKING:
     from fedbus.strategies.qfedavg import QFedAvg as QFedAvg
     from fedbus.strategies.scaffold import Scaffold as Scaffold
     from fedbus.strategies.whole import WholeRound as WholeRound
+    from fedbus.strategies.xgboost_bagging import XGBBagging as XGBBagging
+    from fedbus.strategies.xgboost_cyclic import XGBCyclic as XGBCyclic
     from fedbus.training.base import Client as Client
     from fedbus.training.base import ClientContext as ClientContext
     from fedbus.training.base import NumPyClient as NumPyClient
@@ -114,6 +117,9 @@ _HOMES = {
     "Access": "bus.access",
     "Bundle": "bus.bundle",
     "Uniform": "config",
+    "Cyclic": "config",
+    "XGBBagging": "strategies.xgboost_bagging",
+    "XGBCyclic": "strategies.xgboost_cyclic",
     "Tiers": "config",
     "Polynomial": "config",
     "Oort": "config",
