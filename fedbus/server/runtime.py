@@ -48,6 +48,7 @@ from fedbus.errors import (
     ClientCodeError,
     ConfigError,
     DecodeError,
+    FedbusError,
     PublishUnconfirmed,
     QueueBusy,
     QueueMismatch,
@@ -1667,8 +1668,8 @@ def _call_strategy(function: Callable[..., Any], *args: Any) -> Any:
     """Call into the strategy. Raises `RunFailed` when it raises: no round can be trusted then."""
     try:
         return function(*args)
-    except (AggregateRefused, UpdateRefused):
-        raise
+    except FedbusError:
+        raise  # its words are for people already
     except Exception as exc:
         owner = type(getattr(function, "__self__", None)).__name__
         raise RunFailed(f"{owner}.{function.__name__} raised {_describe(exc)}") from exc
