@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +16,7 @@ from fedbus.data.synthetic import NUM_CLASSES, NUM_FEATURES, synthetic
 from fedbus.errors import ConfigError
 from fedbus.strategies.base import Strategy
 from fedbus.training.base import Client, ClientContext
+from fedbus.training.local import LocalTraining
 from fedbus.types import Array, Config, EvaluateResult, FitResult, Metrics, Tensors
 
 NUM_USERS = 30
@@ -26,8 +28,9 @@ Matrix = NDArray[np.float64]
 class LogisticClient(Client):
     """Trains y = argmax(softmax(x W + b)) with plain SGD on the cross-entropy.
 
-    Reads from the fit config: "local_epochs", "batch_size", "lr", and "seed", "round" and "repeat" for the order of the
-    examples, so that a task done twice gives the same update.
+    Reads from the fit config: "local_epochs", "batch_size", "lr"; what the strategy says to `LocalTraining`; "seed",
+    "round" and "repeat" for the order of the examples, so that a task done twice gives the same update; "stragglers",
+    the share of tasks that come to fewer epochs: to 1, 2, ... or all of them, each as often.
     """
 
     def __init__(self, context: ClientContext, train: Dataset, test: Dataset) -> None:
@@ -38,16 +41,14 @@ class LogisticClient(Client):
     def fit(self, parameters: Tensors, config: Config) -> FitResult:
         """Train for some local epochs; the metric is the mean loss that training began from."""
         weights = joined(parameters)
-        rng = np.random.default_rng(
-            [int(config[key]) for key in ("seed", "round", "repeat")] + [self.context.partition]
-        )
+        local = LocalTraining(parameters, config, self.context)
+        key = [int(config[key]) for key in ("seed", "round", "repeat")] + [self.context.partition]
+        rng = np.random.default_rng(key)
         loss, _ = measure(weights, self.x, self.train.y)
-        for _ in range(int(config["local_epochs"])):
-            if self.context.cancelled:
-                break
+        for _ in local.batches(range(_epochs(config, key))):
             order = rng.permutation(len(self.train))
-            descend(weights, self.x[order], self.labels[order], int(config["batch_size"]), float(config["lr"]))
-        return FitResult(parameters=parted(weights), num_examples=len(self.train), metrics={"loss": loss})
+            descend(weights, self.x[order], self.labels[order], int(config["batch_size"]), float(config["lr"]), local)
+        return local.result(parted(weights), len(self.train), {"loss": loss})
 
     def evaluate(self, parameters: Tensors, config: Config) -> EvaluateResult:
         """Measure loss and accuracy on the tenth of the user's examples that it does not train on."""
@@ -55,11 +56,26 @@ class LogisticClient(Client):
         return EvaluateResult(loss=loss, num_examples=len(self.test), metrics={"accuracy": accuracy})
 
 
-def descend(weights: Matrix, x: Matrix, labels: Matrix, batch_size: int, lr: float) -> None:
+def _epochs(config: Config, key: Sequence[int]) -> int:
+    """How many the task comes to; by random numbers of their own, for the order of the examples is to be the same."""
+    rng = np.random.default_rng([*key, _STRAGGLING])
+    most = int(config["local_epochs"])
+    is_straggler = rng.random() < float(config.get("stragglers", 0.0))
+    return int(rng.integers(1, most, endpoint=True)) if is_straggler else most
+
+
+_STRAGGLING = 1
+
+
+def descend(
+    weights: Matrix, x: Matrix, labels: Matrix, batch_size: int, lr: float, local: LocalTraining | None = None
+) -> None:
     """One epoch of SGD on `weights` [61, 10], in place; `x` [n, 61] ends in ones, `labels` [n, 10] are one-hot.
 
     The arrays are so small that a step costs what its numpy calls cost: the sum over classes is quickest as a product.
     """
+    method = None if local is None or local.is_plain else local
+    tensors = _views(weights)
     for start in range(0, len(x), batch_size):
         batch = x[start : start + batch_size]
         p = np.dot(batch, weights)
@@ -68,7 +84,12 @@ def descend(weights: Matrix, x: Matrix, labels: Matrix, batch_size: int, lr: flo
         p /= np.dot(p, _SUM)
         p -= labels[start : start + batch_size]
         p *= lr / len(batch)
-        weights -= np.dot(batch.T, p)
+        step = np.dot(batch.T, p)
+        if method is not None:
+            step /= lr
+            method.correct(_views(step), tensors, lr)
+            step *= lr
+        weights -= step
 
 
 _SUM = np.ones((NUM_CLASSES, NUM_CLASSES))
@@ -97,9 +118,14 @@ def joined(parameters: Tensors) -> Matrix:
     return np.vstack([parameters["W"], parameters["b"]])
 
 
+def _views(weights: Matrix) -> dict[str, Array]:
+    """The tensors of `weights`, which lie in it."""
+    return {"W": weights[:-1], "b": weights[-1]}
+
+
 def parted(weights: Matrix) -> dict[str, Array]:
     """The parameters of `weights`: what `joined` puts together."""
-    return {"W": weights[:-1].copy(), "b": weights[-1].copy()}
+    return {name: value.copy() for name, value in _views(weights).items()}
 
 
 # ---- the app ---------------------------------------------------------------------------------------------------------
@@ -134,6 +160,7 @@ def make_app(
     epochs: int = 5,
     batch_size: int = 10,
     lr: float = 0.01,
+    stragglers: float = 0.0,
 ) -> App:
     """The app for `rounds`; `seed` is that of the cohorts and of the order of the examples.
 
@@ -164,7 +191,7 @@ def make_app(
         initial_parameters={"W": np.zeros((NUM_FEATURES, NUM_CLASSES)), "b": np.zeros(NUM_CLASSES)},
         evaluate_fn=evaluate_fn,
         rounds=rounds,
-        fit_config={"local_epochs": epochs, "batch_size": batch_size, "lr": lr},
+        fit_config={"local_epochs": epochs, "batch_size": batch_size, "lr": lr, "stragglers": stragglers},
         seed=seed,
     )
 

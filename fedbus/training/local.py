@@ -60,6 +60,8 @@ class LocalTraining:
         self.pull = sum(method.pull for method in self._methods)
         self.drift: dict[str, Array] = _sum(method.drift for method in self._methods)
         self._tells_a_norm = bool(config.get("fednova"))
+        self.is_plain = not self._methods and not self._tells_a_norm
+        """Whether `correct` may be left out, for there is no method."""
         self._reaches: dict[str, _Reach] = {}
         self._stop_at = time.monotonic() + float(config.get("budget_s", float("inf")))
 

@@ -12,11 +12,21 @@ from fedbus.app import App, load_app
 from fedbus.config import RoundConfig
 from fedbus.data.synthetic import synthetic
 from fedbus.errors import ConfigError
-from fedbus.examples.synthetic import LogisticClient, descend, joined, make_app, measure, parted, with_ones
+from fedbus.examples.synthetic import (
+    LogisticClient,
+    _epochs,
+    descend,
+    joined,
+    make_app,
+    measure,
+    parted,
+    with_ones,
+)
 from fedbus.strategies.base import ClientUpdate
 from fedbus.training.base import ClientContext
 from fedbus.training.delta import update_delta
-from fedbus.types import Array
+from fedbus.training.local import LocalTraining
+from fedbus.types import Array, Config
 
 ROUNDS = RoundConfig.synchronous(10)
 
@@ -196,6 +206,43 @@ class TestApp:
         for settings in changed:
             assert not np.array_equal(plain, trained(**settings)), settings
         np.testing.assert_array_equal(plain, trained(epochs=5, batch_size=10, lr=0.01, seed=0))
+
+    @pytest.mark.parametrize("method", [{"proximal_mu": 0.5}, {"scaffold": True}, {"fednova": True}])
+    def test_what_the_strategy_asks_for_is_done_in_each_step(self, method: Config) -> None:
+        """By the gradients of a plain step, and the method in numpy as it stands in its own tests."""
+        app = make_app(ROUNDS, epochs=2)
+        client = client_of(app, 5)
+        config = {**app.fit_config_of(1), **method}
+        model = {"W": np.full((60, 10), 0.1), "b": np.full(10, 0.2)}
+        result = client.fit(model, config)
+        local = LocalTraining(model, config, ClientContext(client_id="c"))
+        weights, rng = joined(model), np.random.default_rng([0, 1, 0, 5])
+        for _ in range(2):
+            order = rng.permutation(len(client.train))
+            for start in range(0, len(order), 10):
+                batch, stepped = order[start : start + 10], weights.copy()
+                descend(stepped, client.x[batch], client.labels[batch], 10, 1.0)
+                gradients = parted(weights - stepped)
+                local.correct(gradients, parted(weights), 0.01)
+                weights -= 0.01 * joined(gradients)
+        expected = local.result(parted(weights), 1)
+        np.testing.assert_allclose(result.parameters["W"], expected.parameters["W"], rtol=1e-9)
+        assert result.extra.keys() == expected.extra.keys()
+        for name, value in expected.extra.items():
+            np.testing.assert_allclose(result.extra[name], value, rtol=1e-6, atol=1e-12)
+        assert result.metrics.get("a_norm") == expected.metrics.get("a_norm")
+
+    def test_stragglers_come_to_fewer_epochs_and_to_the_same_ones_again(self) -> None:
+        def epochs(stragglers: float) -> list[int]:
+            app = make_app(ROUNDS, epochs=20, stragglers=stragglers)
+            return [_epochs(app.fit_config_of(round), [0, round, 0, 5]) for round in range(400)]
+
+        assert set(epochs(0)) == {20}
+        drawn = epochs(0.9)
+        assert set(drawn) == set(range(1, 21))
+        assert drawn == epochs(0.9)
+        assert sum(count < 20 for count in drawn) == pytest.approx(0.9 * 19 / 20 * 400, abs=30)  # 4 deviations
+        assert np.mean(drawn) == pytest.approx(0.9 * 10.5 + 0.1 * 20, abs=1.3)
 
     def test_a_task_that_is_no_longer_wanted_ends_before_the_next_epoch(self) -> None:
         app = make_app(ROUNDS)
