@@ -75,7 +75,8 @@ class Scaffold(WeightedStrategy):
 
     def init(self, model: Tensors) -> _Round:
         controls = {_C + name: value for name, value in self._controls(model)}
-        return _Round(deltas=StreamingMean(model), controls=StreamingMean(controls))
+        is_fine = callable(self.weighting)
+        return _Round(deltas=StreamingMean(model, is_fine=is_fine), controls=StreamingMean(controls, is_fine=is_fine))
 
     def fold(self, state: _Round, update: ClientUpdate) -> None:
         weight = self.weight_of(update)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from sklearn.model_selection import train_test_split
 
 from fedbus.data.heart_disease import HOSPITALS, Hospital, Scale, data_folder, load_hospital
 from fedbus.data.sources import Dataset
@@ -44,7 +45,7 @@ def client_of(hospital: Hospital) -> HospitalClient:
 
 class TestFiles:
     def test_columns_are_picked_levels_told_apart_and_any_disease_is_one(self, tmp_path: Path) -> None:
-        ill = "63,1,3,145,233,1,2,150,0,2.3,?,?,?,4"
+        ill = "63,1,3,145,233,1,2,150,0,2.3,?,?,?,1"
         well = "50.0,0,1,120,200,0,0,160,1,.5,1,0,3,0"
         hospital = load_hospital("va", write(tmp_path, *[ill] * 3, *[well] * 3))
         everyone = np.concatenate([hospital.train.x, hospital.test.x])
@@ -68,10 +69,20 @@ class TestFiles:
         np.testing.assert_array_equal(one.train.x, other.train.x)
         assert not set(one.train.x[:, 0]) & set(one.test.x[:, 0])
 
-    def test_a_class_of_two_is_no_reason_to_fail(self, tmp_path: Path) -> None:
-        patients = [row[:-1] + str(int(number < 2)) for number, row in enumerate(rows(10))]
+    @pytest.mark.parametrize(("ill", "is_stratified"), [(1, False), (2, False), (3, True)])
+    def test_a_class_of_two_at_the_most_is_not_stratified(self, tmp_path: Path, ill: int, is_stratified: bool) -> None:
+        labels = [int(number < ill) for number in range(10)]
+        patients = [row[:-1] + str(label) for row, label in zip(rows(10), labels, strict=True)]
         hospital = load_hospital("va", write(tmp_path, *patients))
-        assert (len(hospital.train), len(hospital.test)) == (6, 4)
+        train, test = train_test_split(
+            np.arange(40, 50),
+            train_size=0.66,
+            test_size=0.34,
+            random_state=43,
+            stratify=labels if is_stratified else None,
+        )
+        assert hospital.train.x[:, 0].tolist() == train.tolist()
+        assert hospital.test.x[:, 0].tolist() == test.tolist()
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from fedbus.strategies.scaffold import Scaffold
 from fedbus.training.base import ClientContext
 from fedbus.training.delta import update_delta
 from fedbus.training.local import LocalTraining, PersonalTraining, personal_parameters
-from fedbus.types import Array, Config, FitResult, Tensors
+from fedbus.types import Array, Config, FitResult, Piece, Tensors
 
 Gradient = Callable[[Array], Array]
 
@@ -251,6 +251,23 @@ class TestClient:
         }
         assert Scaffold().extras(parameters).keys() == extra.keys()
 
+    def test_a_step_of_size_nothing_teaches_nothing(self) -> None:
+        local, context = self.local({"scaffold": True, "fednova": True}, scaffold_w=2.0)
+        self.corrected(local, 5.0, 3.0, lr=0.0)
+        result = local.result({"w": np.array(1.0)}, 7)
+        assert (float(result.extra["c/w"]), result.metrics) == (0.0, {"a_norm": 0.0})
+        assert float(context.memory["scaffold/w"]) == 2.0
+
+    @pytest.mark.parametrize("config", [{"proximal_mu": 0.5}, {"feddyn_alpha": 0.5}, {"scaffold": True}])
+    def test_what_the_client_keeps_to_itself_is_trained_plainly(self, config: Config) -> None:
+        context = ClientContext(client_id="c", is_personal=lambda name: name == "w")
+        context.memory |= {"scaffold/w": np.array(2.0), "feddyn/w": np.array(3.0)}
+        before = dict(context.memory)
+        local = LocalTraining({"w": np.array(1.0)}, config, context)
+        assert self.corrected(local, 5.0, 3.0) == 5.0
+        assert not any(value.any() for value in local.result({"w": np.array(0.0)}, 1).extra.values())
+        assert context.memory == before
+
     def test_the_old_memory_is_not_written_to(self) -> None:
         config = {"scaffold": True, "feddyn_alpha": 1.0}
         local, context = self.local(config, scaffold_w=2.0, feddyn_w=1.0)
@@ -315,12 +332,20 @@ class TestDitto:
 
 
 class TestServer:
-    MODEL: ClassVar[Tensors] = {"w": np.array([1.0, 2.0], np.float32), "seen": np.array(10)}
+    MODEL: ClassVar[Tensors] = {
+        "w": np.array([1.0, 2.0], np.float32),
+        "seen": np.array(10),
+        "mask": np.array([True, False]),
+    }
 
     def update(self, client: str, delta: float, change: float = 0.0, **settings: Any) -> ClientUpdate:
         return ClientUpdate(
             client_id=client,
-            delta={"w": np.full(2, delta, np.float32), "seen": np.array(4)},
+            delta={
+                "w": np.full(2, delta, np.float32),
+                "seen": np.array(4),
+                "mask": np.array([-settings.pop("flips", 1), 0], np.int8),
+            },
             num_examples=settings.pop("num_examples", 1),
             extra={"c/w": np.full(2, change, np.float32)},
             **settings,
@@ -356,11 +381,12 @@ class TestServer:
         np.testing.assert_array_equal(moved["w"], [1 + (1 + 1.5) / 2, 2 + (1 + 1.5) / 2])
         np.testing.assert_array_equal(scaffold.memory["c/w"], [2 / 4 * 4] * 2)
         feddyn = FedDyn(0.5)
-        moved = self.aggregate(feddyn, self.update("a", 1), self.update("b", 3, **late))
+        moved = self.aggregate(feddyn, self.update("a", 1, flips=0), self.update("b", 3, **late))
         h = -0.5 / 4 * (1 + 3)
         np.testing.assert_array_equal(feddyn.memory["h/w"], [h] * 2)
         np.testing.assert_allclose(moved["w"], np.array([1, 2]) + (1 + 1.5) / 2 - h / 0.5)
         assert int(moved["seen"]) == 10 + 3
+        assert moved["mask"].tolist() == [True, False], "one vote each, for votes are not late in part"
 
     def test_feddyn_rounds_by_hand(self) -> None:
         strategy = FedDyn(0.5, num_clients=3)
@@ -380,6 +406,21 @@ class TestServer:
         moved = self.aggregate(strategy, self.update("a", 1), only_w)
         assert int(moved["seen"]) == 10 + 4
         np.testing.assert_allclose(moved["w"], np.array([1, 2]) + (1 + 1.5) / 2 + (1 + 3) / 2)
+
+    def test_a_tensor_that_comes_in_pieces_is_one_tensor(self) -> None:
+        class Parted(dict[str, Array]):
+            def pieces(self) -> Iterator[Piece]:
+                for name, value in self.items():
+                    yield from ((name, start, value[start : start + 1]) for start in range(len(value)))
+
+            peek = pieces
+
+        delta = {"w": np.array([1, 3], np.float32)}
+        late: dict[str, Any] = {"num_examples": 1, "staleness": 1, "discount": 0.5}
+        whole = [ClientUpdate(client_id=name, delta=delta, **late) for name in "ab"]
+        parted = [ClientUpdate(client_id=name, delta=Parted(delta), **late) for name in "ab"]
+        for one, other in zip(*(self.aggregate(FedDyn(), *each).values() for each in (whole, parted)), strict=True):
+            np.testing.assert_array_equal(one, other)
 
     @pytest.mark.parametrize("strategy", [Scaffold(weighting="examples"), FedDyn(0.1)])
     def test_the_order_of_arrival_does_not_show(self, strategy: Strategy) -> None:

@@ -127,8 +127,11 @@ class TestLocalTraining:
     def test_a_parameter_that_rests_is_not_counted_and_buffers_are_not_corrected(self) -> None:
         net = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        start = get_parameters(net)
         context = ClientContext(client_id="c")
-        local = LocalTraining(net, optimizer, get_parameters(net), {"scaffold": True}, context)
+        context.memory["scaffold/0.weight"] = np.ones((1, 2), np.float32)
+        context.broadcast = {"c/0.weight": np.full((1, 2), 0.5, np.float32)}
+        local = LocalTraining(net, optimizer, start, {"scaffold": True}, context)
         with frozen(net, "0.*"):
             optimizer.zero_grad()
             backward(net)
@@ -141,7 +144,7 @@ class TestLocalTraining:
     def test_after_the_result_the_optimizer_is_plain_again(self) -> None:
         net = nn.Linear(2, 1)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        LocalTraining(net, optimizer, START, {"proximal_mu": 1e6}, context_with()).result(3)
+        LocalTraining(net, optimizer, START, {"feddyn_alpha": 1.0}, context_with(feddyn=100.0)).result(3)
         backward(net)
         optimizer.step()
         plain = gradients_of(START)["bias"]
@@ -156,6 +159,21 @@ class TestLocalTraining:
         optimizer.step()
         plain = START["bias"] - 0.1 * gradients_of(START)["bias"]
         np.testing.assert_allclose(local.result(3).parameters["bias"], plain, rtol=1e-5)
+
+    def test_what_the_client_keeps_to_itself_is_trained_plainly(self) -> None:
+        context = context_with(feddyn=100.0)
+        context.is_personal = lambda name: name == "bias"
+        net = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        LocalTraining(net, optimizer, START, {"feddyn_alpha": 1.0}, context)
+        with torch.no_grad():
+            net.bias.add_(1)  # away from where it began
+        moved = {**START, "bias": START["bias"] + 1}
+        backward(net)
+        optimizer.step()
+        plain = {name: moved[name] - 0.1 * gradient for name, gradient in gradients_of(moved).items()}
+        np.testing.assert_allclose(net.bias.detach().numpy(), plain["bias"], rtol=1e-5)
+        np.testing.assert_allclose(net.weight.detach().numpy(), plain["weight"] + 0.1 * 100, rtol=1e-5)
 
     def test_an_optimizer_whose_steps_cannot_be_counted_is_refused(self) -> None:
         net = nn.Linear(2, 1)
@@ -219,7 +237,9 @@ class TestPersonalLayers:
         head, body = {"head.weight", "head.bias"}, {"body.weight", "body.bias"}
         assert step() == head | body  # what is left of its gradients and momenta must not move the body later
         with frozen(net, "body.*"):
+            before = get_parameters(net)
             optimizer.step()
+            assert all(np.array_equal(get_parameters(net)[name], before[name]) for name in body)
             assert step() == head
         with frozen(net, "head.weight", "head.bias"):
             assert step() == body
