@@ -422,26 +422,6 @@ class TestServer:
         for one, other in zip(*(self.aggregate(FedDyn(), *each).values() for each in (whole, parted)), strict=True):
             np.testing.assert_array_equal(one, other)
 
-    @pytest.mark.parametrize("strategy", [Scaffold(weighting="examples"), FedDyn(0.1)])
-    def test_the_order_of_arrival_does_not_show(self, strategy: Strategy) -> None:
-        rng = np.random.default_rng(0)
-        updates = [
-            ClientUpdate(
-                client_id=str(index),
-                delta={"w": rng.normal(size=2).astype(np.float32), "seen": np.array(index)},
-                num_examples=int(rng.integers(1, 100)),
-                discount=[1, 0.7][index % 2],
-                extra={"c/w": rng.normal(size=2).astype(np.float32)},
-            )
-            for index in range(6)
-        ]
-        seen = set()
-        for order in itertools.islice(itertools.permutations(updates), 0, 720, 37):
-            strategy.attach(memory={})
-            moved = self.aggregate(strategy, *order)
-            seen.add(b"".join(value.tobytes() for value in (*moved.values(), *strategy.memory.values())))
-        assert len(seen) == 1
-
     def test_memory_that_is_taken_back_is_as_it_was(self) -> None:
         for strategy, name in ((Scaffold(), "c/w"), (FedDyn(), "h/w")):
             self.aggregate(strategy, self.update("a", 1, 3))

@@ -15,10 +15,12 @@ import pytest
 from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.strategies.fedbuff import FedBuff
+from fedbus.strategies.feddyn import FedDyn
 from fedbus.strategies.fednova import FedNova
 from fedbus.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedbus.strategies.qfedavg import QFedAvg
-from fedbus.types import Array, Tensors
+from fedbus.strategies.scaffold import Scaffold
+from fedbus.types import Array, Tensors, kept_dtype
 
 ORDERS = 1000
 UPDATES = 20
@@ -35,6 +37,9 @@ FOLDED_ALIKE: list[list[Strategy]] = [
     [FedBuff(0.3)],
     [FedNova()],
     [QFedAvg(1.5)],
+    [Scaffold(), Scaffold(0.5, num_clients=100)],
+    [Scaffold(weighting="examples")],
+    [FedDyn(0.1), FedDyn(0.01)],
 ]
 """Strategies whose sums are the same; what they make of them differs."""
 
@@ -59,9 +64,16 @@ def updates(*dtypes: Any) -> list[ClientUpdate]:
             staleness=index % 3,
             discount=(index % 3 + 1) ** -0.5,
             metrics={"loss": float(rng.lognormal()), "a_norm": float(rng.integers(1, 200))},
+            extra=control_variates(model(*dtypes), index),
         )
         for index in range(UPDATES)
     ]
+
+
+def control_variates(model: Tensors, index: int) -> Tensors:
+    rng = np.random.default_rng([2, index])
+    dtypes = {name: kept_dtype(value.dtype) for name, value in model.items()}
+    return {f"c/{name}": delta(model[name].astype(dtype), rng) for name, dtype in dtypes.items() if dtype is not None}
 
 
 def delta(value: Array, rng: np.random.Generator) -> Array:
