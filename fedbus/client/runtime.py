@@ -68,9 +68,13 @@ _REMEMBERED = 64
 
 @dataclass(kw_only=True, eq=False)
 class _Pending:
-    """A task, with every delivery that it came in: the broker or the server may repeat it."""
+    """A task, with every delivery that it came in: the broker or the server may repeat it.
+
+    `came_in`: the run that we were in by then.
+    """
 
     task: m.Task
+    came_in: str | None
     deliveries: list[Delivery] = field(default_factory=list)
 
     def merge(self, task: m.Task, delivery: Delivery) -> None:
@@ -328,7 +332,8 @@ class ClientRuntime:
     def _fit_task_in_hand(self) -> str:
         """The newest fit task that is here and not answered, "" for none."""
         here = [self._current, *self._pending] if self._current is not None else self._pending
-        tasks = [pending.task for pending in here if isinstance(pending.task, m.FitTask)]
+        ours = (pending.task for pending in here if pending.task.run_id == self._run_id)
+        tasks = [task for task in ours if isinstance(task, m.FitTask)]
         return max(tasks, key=round_of).task_id if tasks else ""
 
     async def _say_goodbye(self) -> None:
@@ -370,7 +375,9 @@ class ClientRuntime:
                 if not isinstance(task, m.ParametersTask):
                     self._reader.move(place_of(task))
                 return
-        self._pending.append(_Pending(task=task, deliveries=[delivery]))
+        self._pending.append(_Pending(task=task, came_in=self._run_id, deliveries=[delivery]))
+        if task.run_id != self._run_id:
+            self._heartbeat_due.set()  # its server welcomes us once it hears that we take part in another run
         self._work.set()
 
     async def _cancel(self, cancel: m.CancelTask) -> None:
@@ -409,6 +416,7 @@ class ClientRuntime:
                     self._outbox.clear()
                     self._newest_fit = 0
                     self._context.cancel()  # whatever is being trained, it is for a run that is over
+                    self._work.set()
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
             case m.Receipt() if message.run_id == self._run_id:
@@ -439,11 +447,9 @@ class ClientRuntime:
     # ---- tasks ---------------------------------------------------------------------------------------------------
 
     async def _answer_tasks(self) -> None:
-        await self._welcomed.wait()  # only then is it clear which run a task in the inbox belongs to
         while True:
             pending = self._current = await self._next_task()
-            if pending.task.run_id == self._run_id:
-                await self._work_on(pending.task)
+            await self._work_on(pending.task)
             self._current = None
             reason = self._cancelled.pop(pending.task.task_id, None)
             if reason is not None:
@@ -465,12 +471,29 @@ class ClientRuntime:
                 self._newest_fit = max(self._newest_fit, task.round)
 
     async def _next_task(self) -> _Pending:
-        while not self._pending:
+        """The most urgent one of the run that we are in."""
+        while True:
             self._work.clear()
+            await self._drop_what_is_over()
+            ours = [pending for pending in self._pending if pending.task.run_id == self._run_id]
+            if ours:
+                pending = min(ours, key=_urgency)
+                self._pending.remove(pending)
+                return pending
             await self._work.wait()
-        pending = min(self._pending, key=_urgency)
-        self._pending.remove(pending)
-        return pending
+
+    async def _drop_what_is_over(self) -> None:
+        """Tasks of other runs that were here before our welcome to this one.
+
+        Those that come later stay: a server that goes on with a run may ask us before it has welcomed us back.
+        """
+        over = [
+            pending for pending in self._pending if self._run_id not in (None, pending.task.run_id, pending.came_in)
+        ]
+        if over:
+            self._pending = [pending for pending in self._pending if pending not in over]
+            assert self._inbox is not None
+            await self._inbox.ack(*(delivery for pending in over for delivery in pending.deliveries))
 
     def _take_receipt(self, task_id: str, round: int, staleness: int) -> None:
         if self._outbox.get(task_id) is not None or task_id not in self._ended_tasks:  # else it came again

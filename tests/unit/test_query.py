@@ -231,20 +231,42 @@ async def test_a_newcomer_does_not_change_what_is_counted() -> None:
         assert result["age"].count == 60
 
 
-async def test_a_query_between_two_servers_of_a_run_leaves_what_the_clients_remember(tmp_path: Path) -> None:
-    class Counting(Hospital):
-        def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[list[Array], int, dict[str, Scalar]]:
-            before = float(self.context.memory.get("fits", np.zeros(1))[0])
-            self.context.memory["fits"] = np.array([before + 1])
-            return parameters, 1, {"fits": before + 1}
+class Counting(Hospital):
+    """Remembers how often it was trained."""
 
-    rounds = {"min_fit_clients": 3, "num_rounds": 4, "fraction_evaluate": 0}
-    async with federation(app_of(Counting, rounds=rounds), run_dir=tmp_path) as story:
+    def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[list[Array], int, dict[str, Scalar]]:
+        fits = float(self.context.memory.get("fits", np.zeros(1))[0]) + 1
+        self.context.memory["fits"] = np.array([fits])
+        return parameters, 1, {"fits": fits}
+
+
+COUNTING = {"min_fit_clients": 3, "num_rounds": 4, "fraction_evaluate": 0, "heartbeat_s": 0.8, "lease_s": 40.0}
+
+
+async def test_a_query_between_two_servers_of_a_run_leaves_what_the_clients_remember(tmp_path: Path) -> None:
+    async with federation(app_of(Counting, rounds=COUNTING), run_dir=tmp_path) as story:
         clients = [story.start_client(name) for name in DATA]
         story.start_server()
         await story.until(o.RoundClosed, round=2)
         await story.kill_server()
         assert (await ended(story, session(story)))["age"].count == POOLED.size
+        history = await story.resume_server()
+        await asyncio.gather(*clients)
+        assert [record.fit_metrics["fits"] for record in history.rounds] == [1.0, 2.0, 3.0, 4.0]
+
+
+async def test_a_run_goes_on_at_once_after_a_query_that_was_killed(tmp_path: Path) -> None:
+    async with federation(app_of(Counting, rounds=COUNTING), run_dir=tmp_path) as story:
+        clients = [story.start_client(name) for name in DATA]
+        story.start_server()
+        await story.until(o.RoundClosed, round=2)
+        await story.kill_server()
+        query = session(story, Quantiles("age"))
+        running = story._start(query.run())
+        await story.until(o.RoundClosed, 1, round=9)
+        running.cancel()
+        await asyncio.wait([running])
+        await story.all_buses[-1].close()
         history = await story.resume_server()
         await asyncio.gather(*clients)
         assert [record.fit_metrics["fits"] for record in history.rounds] == [1.0, 2.0, 3.0, 4.0]
