@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 import numpy as np
 
-from fedbus.analytics.figures import LIMB_END, SQUARES_LIMBS, SUM_LIMBS, from_limbs
+from fedbus.analytics.figures import LIMB_END, SQUARES_LIMBS, SUM_LIMBS, from_limbs, key_limits
 from fedbus.errors import ConfigError, UpdateRefused
 from fedbus.types import Array, Tensors
 
@@ -46,6 +46,15 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """A client's answer to one ask."""
+
+    numbers: list[int]
+    ends: list[int]
+    words: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schema:
     """Which columns there are: words are [name, kind] of each."""
 
@@ -53,8 +62,8 @@ class Schema:
     size: ClassVar = 0
     ends: ClassVar = 0
 
-    def check(self, numbers: Sequence[int], words: Any) -> None:
-        pairs = _list("columns", words)
+    def check(self, part: Part) -> None:
+        pairs = _list("columns", part.words)
         for pair in pairs:
             name, kind = _pair("a column", pair)
             if not isinstance(name, str) or kind not in KINDS:
@@ -77,11 +86,11 @@ class Moments:
     def size(self) -> int:
         return 4 + (0, SUM_LIMBS, SUM_LIMBS + SQUARES_LIMBS)[self.order]
 
-    def check(self, numbers: Sequence[int], words: Any) -> None:
-        _check_counts(numbers[:4])
-        if any(abs(limb) >= LIMB_END for limb in numbers[4:]):
+    def check(self, part: Part) -> None:
+        _check_counts(part.numbers[:4])
+        if any(abs(limb) >= LIMB_END for limb in part.numbers[4:]):
             raise UpdateRefused("a sum beyond all numbers")
-        count, total, squares = self.of(numbers)
+        count, total, squares = self.of(part.numbers)
         if count < 0:
             raise UpdateRefused("more infinite values than records")
         # Cauchy and Schwarz: no numbers have another sum of squares.
@@ -105,8 +114,11 @@ class Range:
     size: ClassVar = 0
     ends: ClassVar = 2
 
-    def check(self, numbers: Sequence[int], words: Any) -> None:
-        """Any key may be one."""
+    def check(self, part: Part) -> None:
+        low, high = part.ends[0], ~part.ends[1]
+        first, last = key_limits(is_float=self.cell.kind == "float")
+        if part.ends != [NO_END, NO_END] and not first <= low <= high <= last:
+            raise UpdateRefused("a range that no numbers have")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +134,8 @@ class Bins:
     def size(self) -> int:
         return len(self.edges) + 1
 
-    def check(self, numbers: Sequence[int], words: Any) -> None:
-        _check_counts(numbers)
+    def check(self, part: Part) -> None:
+        _check_counts(part.numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +151,9 @@ class Below:
     def size(self) -> int:
         return 1 + len(self.keys)
 
-    def check(self, numbers: Sequence[int], words: Any) -> None:
-        _check_counts(numbers)
-        total, *counts = numbers
+    def check(self, part: Part) -> None:
+        _check_counts(part.numbers)
+        total, *counts = part.numbers
         if sorted(counts) != counts or (counts and counts[-1] > total):
             raise UpdateRefused("counts below rising values that do not rise")
 
@@ -155,8 +167,8 @@ class Buckets:
     size: ClassVar = BUCKETS
     ends: ClassVar = 0
 
-    def check(self, numbers: Sequence[int], words: Any) -> None:
-        _check_counts(numbers)
+    def check(self, part: Part) -> None:
+        _check_counts(part.numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +183,9 @@ class Values:
     size: ClassVar = 1
     ends: ClassVar = 0
 
-    def check(self, numbers: Sequence[int], words: Any) -> None:
-        _check_counts(numbers)
-        named = [_pair("a value", pair) for pair in _list("values", words)]
+    def check(self, part: Part) -> None:
+        _check_counts(part.numbers)
+        named = [_pair("a value", pair) for pair in _list("values", part.words)]
         if len(named) > self.most:
             raise UpdateRefused(f"{len(named)} values, {self.most} at most")
         for word, count in named:
@@ -190,15 +202,6 @@ _ASKS: Final[Mapping[str, type[Ask]]] = {
     kind.op: kind for kind in (Schema, Moments, Range, Bins, Below, Buckets, Values)
 }
 _WITH_WORDS: Final = (Schema, Values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A client's answer to one ask."""
-
-    numbers: list[int]
-    ends: list[int]
-    words: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +262,7 @@ class Question:
             mine = words.pop(0) if isinstance(ask, _WITH_WORDS) else None
             part = Part(numbers=sums[: ask.size], ends=ends[: ask.ends], words=mine)
             sums, ends = sums[ask.size :], ends[ask.ends :]
-            ask.check(part.numbers, part.words)
+            ask.check(part)
             parts.append(part)
         return parts
 

@@ -268,7 +268,7 @@ def show(result: QueryResult) -> None:
     rows = list(_rows(result))
     console.print(_table(result, rows))
     for column, group, summary in rows:
-        title = column if group is None else f"{column}, {result.by} {group}"
+        title = _title(result, column, group)
         if summary.histogram is not None:
             console.print(Text(f"\n{title}: histogram", style="bold"), _bars(summary.histogram), sep="\n")
         if summary.top is not None:
@@ -283,6 +283,11 @@ def _rows(result: QueryResult) -> Iterator[tuple[str, str | None, Summary]]:
         yield column, None, summary
         for value, group in (summary.groups or {}).items():
             yield column, _shown(value), group
+
+
+def _title(result: QueryResult, column: str, group: str | None) -> str:
+    """Names come from the clients, and may be anything."""
+    return _shown(column) if group is None else f"{_shown(column)}, {result.by} {group}"
 
 
 def _table(result: QueryResult, rows: Sequence[tuple[str, str | None, Summary]]) -> Table:
@@ -301,7 +306,7 @@ def _table(result: QueryResult, rows: Sequence[tuple[str, str | None, Summary]])
         figures += [getattr(summary, name) for name in names]
         figures += [(summary.quantiles or {}).get(share) for share in shares]
         figures += [summary.max] * has_max
-        where = [column] if result.by is None else [column, "" if group is None else group]
+        where = [_shown(column)] if result.by is None else [_shown(column), "" if group is None else group]
         table.add_row(*map(Text, where), *("" if value is None else _figure(value) for value in figures))
     return table
 
@@ -332,7 +337,7 @@ def _top_table(top: Top) -> Table:
 
 def _footnotes(result: QueryResult, rows: Sequence[tuple[str, str | None, Summary]]) -> Iterator[str]:
     for column, group, summary in rows:
-        where = column if group is None else f"{column}, {result.by} {group}"
+        where = _title(result, column, group)
         notes = [*([f"not shown: {summary.hidden}"] if summary.hidden else []), *summary.notes]
         if summary.not_at:
             notes.append(f"no such column at {', '.join(summary.not_at)}")

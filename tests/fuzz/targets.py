@@ -18,6 +18,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from fedbus.analytics.inquiry import Inquiry
+from fedbus.analytics.local import answer
+from fedbus.analytics.statistics import Describe, Histogram, Statistic, TopValues, Variance
 from fedbus.bus.access import Access
 from fedbus.bus.base import Consumer, Delivery
 from fedbus.bus.bundle import Bundle
@@ -33,7 +36,7 @@ from fedbus.server.ledger import Ledger
 from fedbus.server.staging import StagedUpdate
 from fedbus.strategies.xgboost_trees import read_booster, with_trees, write_model
 from fedbus.tensorfile import load_model, save_model
-from fedbus.types import ExtraSpec, Tensors
+from fedbus.types import Array, ExtraSpec, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.arrays import TensorSpec, check_schema, payload_bytes
 from fedbus.wire.codec import decode, encode
@@ -361,8 +364,42 @@ def _status(data: bytes) -> None:
         _parse(m.Status(run_id="r", payload=memoryview(data)))
 
 
+# ---- answers to a query ----------------------------------------------------------------------------------------------
+
+
+def _answers(data: bytes) -> None:
+    """A client that bends its answers: each is refused, or the query comes to an end with it."""
+    draw = Draw(data)
+    wanted: list[Statistic] = [Describe("x"), Histogram("x", 3), Variance("x", ddof=1), TopValues("x", 2)]
+    inquiry = Inquiry(wanted, by="g", min_clients=1, min_count=1)
+    for _ in range(200):
+        if inquiry.is_done:
+            break
+        honest = answer({"x": [1, 2, None, 4], "g": list("aabb")}, inquiry.question.tensors(), {})
+        bent = {name: _bent(value, draw) for name, value in honest.items()}
+        try:
+            inquiry.check(bent)
+        except UpdateRefused:
+            bent = honest
+        inquiry.take("c1", bent)
+        inquiry.close()
+    assert inquiry.is_done
+    if inquiry.result is not None:
+        json.dumps(inquiry.result.to_dict(), allow_nan=False)
+
+
+def _bent(value: Array, draw: Draw) -> Array:
+    changed = value.copy()
+    for _ in range(0 if draw.is_over else draw.below(3)):
+        if changed.size:
+            at, new = draw.below(changed.size), draw.take(draw.below(9))
+            changed[at] = int.from_bytes(new, "little", signed=True) if changed.dtype.kind == "i" else (new or b"0")[0]
+    return changed
+
+
 TARGETS: Final = {
     "trees": Target(one=_trees, seeds=_trees_seeds),
+    "answers": Target(one=_answers, seeds=_scripts),
     "decode": Target(one=_decode, seeds=_message_seeds),
     "parted": Target(one=_parted, seeds=_scripts),
     "intake": Target(one=_intake, seeds=_scripts),

@@ -402,6 +402,8 @@ VALUES = q.Values(cell=CELL, buckets=tuple(range(q.BUCKETS)), most=2)
         (q.Below(cell=CELL, keys=(1, 2)), {"sums": sums(3, 2, 1)}, "do not rise"),
         (q.Below(cell=CELL, keys=(1, 2)), {"sums": sums(3, 2, 4)}, "do not rise"),
         (q.Range(cell=CELL), {"ends": sums(1, 2, 3)}, "'ends' must be 2 int64"),
+        (q.Range(cell=CELL), {"ends": sums(5, ~4)}, "a range that no numbers have"),
+        (q.Range(cell=CELL), {"ends": sums(5, ~(2**63 - 1))}, "a range that no numbers have"),
         (q.Schema(), {"words": words("[[[[")}, "'words' must be JSON"),
         (q.Schema(), {"words": words("[" * 100_000)}, "'words' must be JSON"),
         (q.Schema(), {"words": words("{}")}, "'words' must be 1 lists"),
