@@ -9,7 +9,7 @@ import pytest
 
 from tests.fuzz.targets import TARGETS
 
-_STEPS = {"ledger": 40, "intake": 40, "answers": 40}
+_STEPS = {"ledger": 40, "intake": 40}
 _MOST_BYTES = 1 << 15
 
 
