@@ -124,6 +124,9 @@ def server(
     virtual_clients: Annotated[
         int, typer.Option("--virtual-clients", min=0, help="Clients without a process, for 'fedbus worker' to play.")
     ] = 0,
+    keep_clients: Annotated[
+        bool, typer.Option("--keep-clients", help="At the end clients wait for the next server, or query.")
+    ] = False,
     metrics: Metrics = None,
     as_json: Json = False,
     log_json: LogJson = False,
@@ -146,6 +149,7 @@ def server(
                 run_dir=folder,
                 resume=resume,
                 virtual_clients=virtual_clients,
+                keeps_clients=keep_clients,
                 observers=shown.observers,
                 metrics=metrics,
             )
