@@ -6,15 +6,26 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbus.analytics import question as q
-from fedbus.analytics.figures import SQUARES_LIMBS, SUM_LIMBS, exact_squares, exact_sum, keys_of, to_limbs
+from fedbus.analytics.figures import (
+    SQUARES_LIMBS,
+    SUM_LIMBS,
+    exact_squares,
+    exact_sum,
+    key_limits,
+    keys_of,
+    number_of,
+    to_limbs,
+)
 from fedbus.errors import ClientCodeError
 from fedbus.types import Array, Config, Tensors
+
+_FEW: Final = 32
 
 
 class Columns(dict[str, Any]):
@@ -98,14 +109,15 @@ class _Answering:
 
     def _select(self, cell: q.Cell) -> _Records:
         if cell.column not in self._columns or (cell.by is not None and cell.by not in self._columns):
-            return _Records(_as_kind(cell, _NOTHING), 0)
+            return _Records(np.zeros(0, _DTYPES[cell.kind]), 0)
         column = self._column(cell.column)
         if cell.by is None:
-            inside = np.ones(column.is_there.size, np.bool_)
+            values, missing = column.values, column.is_there.size - column.values.size
         else:
             inside = self._column(cell.by).equals(q.value_of(cell.value))
-        values = _as_kind(cell, _Column(column.kind, column.values[inside[column.is_there]], column.is_there))
-        missing = int(np.count_nonzero(inside & ~column.is_there))
+            values = column.values[inside[column.is_there]]
+            missing = int(np.count_nonzero(inside)) - values.size
+        values = _as_kind(cell, column.kind, values)
         return _Records(values if values.size >= self._floor else values[:0], self._cell(missing))
 
     def _cell(self, count: int) -> int:
@@ -167,9 +179,14 @@ def _ends(values: Array) -> list[int]:
 
 
 def _below(ask: q.Below, values: Array) -> list[int]:
-    keys = np.sort(keys_of(values))
-    thresholds = np.array(ask.keys, np.int64)
-    return [keys.size, *np.searchsorted(keys, thresholds, side="right").tolist()]
+    """A value has a key of at most k when it is less than the number of the next key; -0.0 is 0.0 there as well."""
+    is_float = values.dtype.kind == "f"
+    last = key_limits(is_float=is_float)[1]
+    thresholds = [number_of(key + 1, is_float=is_float) if key < last else None for key in ask.keys]
+    if len(thresholds) > _FEW:  # then it is quicker to sort them once
+        values = np.sort(values)
+        return [values.size, *(values.size if t is None else int(np.searchsorted(values, t)) for t in thresholds)]
+    return [values.size, *(values.size if t is None else int(np.count_nonzero(values < t)) for t in thresholds)]
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
@@ -209,9 +226,6 @@ class _Column:
         return same
 
 
-_NOTHING = _Column("none", np.zeros(0), np.zeros(0, np.bool_))
-
-
 def _checked(columns: object) -> Mapping[str, Any]:
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
         raise ClientCodeError("query must return its columns: {name: 1-d array}")
@@ -239,9 +253,9 @@ def _look_at(name: str, given: Any) -> _Column:
     if values.dtype.kind in "iu":
         return _Column("int", _as_int64(name, values[is_there]), is_there)
     if values.dtype.kind == "f" or values.dtype.name == "bfloat16":
-        numbers = values.astype(np.float64)
+        numbers = values.astype(np.float64, copy=False)
         is_there &= ~np.isnan(numbers)
-        return _Column("float", numbers[is_there], is_there)
+        return _Column("float", numbers if is_there.all() else numbers[is_there], is_there)
     raise ClientCodeError(f"column {name!r} has dtype {values.dtype}: return numbers, bools or strings")
 
 
@@ -279,13 +293,11 @@ def _as_int64(name: str, values: Array) -> Array:
     return values.astype(np.int64)
 
 
-def _as_kind(cell: q.Cell, column: _Column) -> Array:
+def _as_kind(cell: q.Cell, kind: q.Kind, values: Array) -> Array:
     """The values as what the column is over all clients: 4 is 4.0 where another client has 4.5."""
-    if column.kind in (cell.kind, "none"):
-        return column.values.astype(_DTYPES[cell.kind])
-    if (column.kind, cell.kind) in (("bool", "int"), ("bool", "float"), ("int", "float")):
-        return column.values.astype(_DTYPES[cell.kind])
-    raise ClientCodeError(f"column {cell.column!r} is {column.kind} here, and is asked for as {cell.kind}")
+    if kind in (cell.kind, "none") or (kind, cell.kind) in (("bool", "int"), ("bool", "float"), ("int", "float")):
+        return values.astype(_DTYPES[cell.kind], copy=False)
+    raise ClientCodeError(f"column {cell.column!r} is {kind} here, and is asked for as {cell.kind}")
 
 
 _DTYPES: dict[str, Any] = {"bool": np.bool_, "int": np.int64, "float": np.float64, "text": object, "none": np.float64}

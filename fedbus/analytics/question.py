@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 import numpy as np
@@ -255,13 +256,16 @@ class Question:
 
     def unpack(self, answer: Tensors) -> list[Part]:
         """A client's answer, part by part. Raises `UpdateRefused` for one that no honest client gives."""
-        sums, ends = self._integers(answer, SUMS, self.size), self._integers(answer, ENDS, self.ends)
-        words = self._words(answer)
+        sums = iter(self._integers(answer, SUMS, self.size))
+        ends = iter(self._integers(answer, ENDS, self.ends))
+        words = iter(self._words(answer))
         parts: list[Part] = []
         for ask in self.asks:
-            mine = words.pop(0) if isinstance(ask, _WITH_WORDS) else None
-            part = Part(numbers=sums[: ask.size], ends=ends[: ask.ends], words=mine)
-            sums, ends = sums[ask.size :], ends[ask.ends :]
+            part = Part(
+                numbers=list(islice(sums, ask.size)),
+                ends=list(islice(ends, ask.ends)),
+                words=next(words) if isinstance(ask, _WITH_WORDS) else None,
+            )
             ask.check(part)
             parts.append(part)
         return parts
