@@ -131,7 +131,7 @@ async def test_a_client_that_hangs_is_left_out_of_every_figure() -> None:
     async with federation(hospitals(hook)) as story:
         for name in DATA:
             story.start_client(name)
-        result = await ended(story, session(story, Mean("age"), Quantiles("age", [0.5]), timeout_s=0.5))
+        result = await ended(story, session(story, Mean("age"), Quantiles("age", [0.5]), timeout_s=1.0))
         release.set()
         rest = np.concatenate([DATA["client-1"], DATA["client-2"]])
         assert result.clients == ["client-1", "client-2"]
