@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedbus.types import Array
 
-BLOCK: Final = 1 << 16
+BLOCK: Final = 1 << 17
 """Elements added at a time: the block, widened to float64, stays in the cache."""
 _SCRATCH = threading.local()
 """The widened block's memory, one for each thread: fresh pages for every block would cost more than the sums."""
