@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.table import Table
 from fedbus.bench import fedprox as prox
 from fedbus.bench.aggregate import STRATEGIES, AggregateBench, bench_aggregate
 from fedbus.bench.aggregate import Spec as AggregateSpec
+from fedbus.bench.fold import FoldBench, bench_fold
 from fedbus.bench.heart_disease import SEEDS, bench_heart_disease
 from fedbus.bench.heart_disease import Outcome as HeartDisease
 from fedbus.bench.measure import RoundBench, Spread, bench_round
@@ -145,6 +146,42 @@ def regimes_(
         typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
         return
     Console(highlight=False).print(_regimes_table(outcomes, target))
+
+
+@bench_app.command()
+def fold(
+    mib: Annotated[float, typer.Option("--mib", help="Size of an update.")] = 64.0,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Updates to fold; the quickest counts.")] = 20,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time the fold of updates, whose sums do not depend on their order, beside plain sums and memcpy, on one core."""
+    found = bench_fold(mib=mib, clients=clients)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found) | {"ratios": found.ratios}))
+    else:
+        _show_fold(found)
+
+
+_FOLDS: Final = {
+    "read": "read once",
+    "memcpy": "memcpy",
+    "plain_float32": "plain sums, float32, block by block",
+    "whole_float32": "plain sums, float32, tensor by tensor",
+    "plain_float64": "plain sums, float64",
+}
+
+
+def _show_fold(found: FoldBench) -> None:
+    typer.echo(f"updates of {found.mib:g} MiB of float32, the best of {found.clients}, one core")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("GiB/s", justify="right")
+    table.add_column("the exact fold takes", justify="right")
+    for name, words in _FOLDS.items():
+        table.add_row(words, f"{getattr(found, name):.2f}", f"{found.ratios[name]:.2f} times as long")
+    table.add_row("exact sums, as the server folds", f"{found.exact:.2f}", "")
+    Console(highlight=False).print(table)
 
 
 def _regimes_table(outcomes: list[Outcome], target: float) -> Table:

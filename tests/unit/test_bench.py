@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 from fedbus.bench import noop
 from fedbus.bench.aggregate import STRATEGIES, Spec, bench_aggregate, measure
 from fedbus.bench.floor import PART_BYTES, Job
+from fedbus.bench.fold import Sums, bench_fold, payloads, received
 from fedbus.bench.measure import Spread, bench_round, peak_rss_mib, spread
+from fedbus.cli.bench import fold
 from fedbus.errors import ConfigError, RunFailed
 from fedbus.training.base import ClientContext
 from fedbus.wire.transfer import Outgoing
@@ -125,3 +128,37 @@ def test_every_strategy_can_be_measured(strategy: str) -> None:
 def test_an_aggregation_that_cannot_be_measured_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Spec(**settings)
+
+
+# ---- the fold --------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_to_fold_gives_the_same_sums() -> None:
+    model = noop.model(0.3)
+    sums = Sums(model)
+    for num_examples in (1, 5):
+        update = received(model, payloads(model), num_examples)
+        for way in sums.ways(model, update).values():
+            way()
+    new = sums.strategy.finish(sums.exact, {name: np.zeros_like(value) for name, value in model.items()})
+    for name, value in model.items():
+        np.testing.assert_array_equal(sums.copies[name], value)
+        np.testing.assert_allclose(new[name], value, rtol=1e-6, atol=1e-9)
+        for other in (sums.narrow, sums.whole, sums.wide):
+            np.testing.assert_allclose(other[name], 6 * value, rtol=1e-6)
+
+
+def test_the_fold_is_told_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    fold(mib=0.01, clients=2, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["mib"], found["clients"]) == (0.01, 2)
+    for name, ratio in found["ratios"].items():
+        assert ratio == pytest.approx(found[name] / found["exact"], abs=0.01)
+    fold(mib=0.01, clients=1, as_json=False)
+    assert "memcpy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mib", [0.0, -1.0, float("nan")])
+def test_a_fold_of_nothing_is_refused(mib: float) -> None:
+    with pytest.raises(ConfigError, match="--mib must be a positive number"):
+        bench_fold(mib=mib, clients=1)
