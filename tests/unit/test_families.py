@@ -71,8 +71,10 @@ def test_where_all_weigh_nothing_the_model_stays() -> None:
 
 
 def test_weights_far_below_one_lose_no_digits() -> None:
-    updates = [update(0.1), update(0.3)]
-    assert path(FedAvg(weighting=lambda _: 1e-12), updates) == pytest.approx([0.2], rel=1e-12)
+    model, delta = {"w": np.zeros(1, np.float32)}, {"w": np.full(1, 0.2, np.float32)}
+    strategy = FedAvg(weighting=lambda _: 1e-12)
+    new = after(strategy, model, ClientUpdate(client_id="c", delta=delta, num_examples=1))
+    assert new["w"].tolist() == delta["w"].tolist()
 
 
 def test_a_late_update_counts_less_whatever_it_weighs() -> None:
@@ -273,10 +275,18 @@ def test_qfedavg_with_q_0_is_the_plain_mean() -> None:
 
 
 def test_qfedavg_hears_small_losses_as_well() -> None:
-    updates = [update(0.1, 0.2, loss=1e-4), update(0.3, -0.2, loss=2e-4)]
-    new = after(QFedAvg(5, 1.0), {"w": np.zeros(2)}, *updates)["w"]
-    sent = [(np.array([0.1, 0.2]), 1e-4), (np.array([0.3, -0.2]), 2e-4)]
+    sent = [(np.array([0.1, 0.2], np.float32), 1e-4), (np.array([0.3, -0.2], np.float32), 2e-4)]
+    updates = [
+        ClientUpdate(client_id="c", delta={"w": delta}, num_examples=1, metrics={"loss": loss}) for delta, loss in sent
+    ]
+    new = after(QFedAvg(5, 1.0), {"w": np.zeros(2, np.float32)}, *updates)["w"]
     np.testing.assert_allclose(new, q_step(np.zeros(2), sent, 5, 1.0), rtol=1e-4)
+
+
+def test_qfedavg_takes_a_client_that_has_nothing_to_lose() -> None:
+    updates = [update(1.0, loss=0.0), update(3.0, loss=1.0)]
+    expected = q_step(np.zeros(1), [(np.array([1.0]), 0.0), (np.array([3.0]), 1.0)], 0.2, 0.1)
+    assert path(QFedAvg(), updates) == pytest.approx(list(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize(
