@@ -13,12 +13,15 @@ from fedbus.bus.topology import MODEL
 from fedbus.errors import BrokerError, DecodeError, QueueMissing
 from fedbus.types import Array
 from fedbus.wire.codec import decode
+from fedbus.wire.compression import Codec
 from fedbus.wire.messages import Message, Model, Part
 from fedbus.wire.transfer import Assembly, part_count
 
 _PREFETCH: Final = 8
 _SILENCE_S: Final = 600.0
 """As long as a server may be dead in the middle of a publication, or a broker away."""
+_SMALL_BYTES: Final = 4 << 20
+"""So much is decoded in a few milliseconds."""
 _NEAR: Final = 8
 """Messages that are skipped rather than the subscription made anew."""
 
@@ -39,7 +42,7 @@ class Place:
 
 
 class ModelReader:
-    """Fetches model versions; fitting and evaluating the same version transfers it once.
+    """Fetches model versions, and decodes them; fitting and evaluating the same version transfers it once.
 
     The subscription of a small model stays open: while it is not acknowledged the broker sends no more than a few parts
     ahead, and the next version is here before its task.
@@ -114,6 +117,8 @@ class ModelReader:
             raise
         if part_count(assembly.nbytes, head.part_bytes) > _PREFETCH:
             await self.close()
+        if assembly.layout.rounded and assembly.nbytes > _SMALL_BYTES:
+            return await asyncio.to_thread(assembly.tensors)
         return assembly.tensors()
 
     async def _find(self, place: Place) -> Model:
@@ -181,6 +186,6 @@ def _is_at(head: Model, place: Place) -> bool:
 
 
 def _begun(head: Model) -> Assembly:
-    assembly = Assembly(head.schema, head.part_bytes)
+    assembly = Assembly(head.schema, head.part_bytes, Codec.parse(head.codec))
     assembly.take(head)
     return assembly

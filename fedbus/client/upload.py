@@ -77,4 +77,5 @@ class Upload:
             part_bytes=outgoing.part_bytes,
             checksum=checksum(buffers),
             payload=buffers,
+            codec=outgoing.codec.text,
         )

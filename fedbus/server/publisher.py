@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Final, NamedTuple
 
 from fedbus.bus.base import Bus
 from fedbus.bus.topology import BROADCAST, MODEL, model_stream
 from fedbus.errors import DecodeError, QueueMismatch, QueueMissing
 from fedbus.types import Tensors
 from fedbus.wire.codec import decode, encode
+from fedbus.wire.compression import PLAIN, Codec
+from fedbus.wire.floats import Noise
 from fedbus.wire.messages import Model, Part
 from fedbus.wire.transfer import Outgoing, checksum
 
 _LOOK_EVERY_BYTES: Final = 64 << 20
 """How much is published between two looks at where the stream ends."""
 
+_SMALL_BYTES: Final = 4 << 20
+"""Models up to here are coded in a few milliseconds."""
 _PATIENCE_S: Final = 600.0
 """For the end of the stream to come back to us: the broker may be away meanwhile."""
+
+
+class Published(NamedTuple):
+    """What went into the stream: payload bytes, and those that they stand for."""
+
+    parts: int
+    payload_bytes: int
+    raw_bytes: int
 
 
 class ModelPublisher:
@@ -27,22 +39,27 @@ class ModelPublisher:
     of the stream is full. So messages are counted, which never gives too much, and the end of the stream is looked up
     now and then. Readers begin at the offset that they are told and skip what is not theirs.
 
-    `versions`: how many the stream keeps at least, for those who read slowly (see `model_stream`).
+    `versions`: how many the stream keeps at least, for those who read slowly (see `model_stream`). `codec`: how they
+    travel; what it does by chance is a function of `seed` and the version, so that a version is always the same.
     """
 
-    def __init__(self, bus: Bus, *, run_id: str, epoch: int, versions: int = 4) -> None:
+    def __init__(
+        self, bus: Bus, *, run_id: str, epoch: int, versions: int = 4, codec: Codec = PLAIN, seed: int = 0
+    ) -> None:
         self._bus = bus
         self._run_id = run_id
         self._epoch = epoch
         self._versions = versions
+        self._codec = codec
+        self._seed = seed
         self._next_offset: int | None = None  # at least; the true one may lie behind
         self._last: tuple[str, int] | None = None  # transfer and index of the part published last
         self._unseen_bytes = 0
         self._is_declared = False
         self._turn = asyncio.Lock()
 
-    async def publish(self, model: Tensors, version: int, head_out: asyncio.Future[int]) -> tuple[int, int]:
-        """Publish `version`; its parts and payload bytes.
+    async def publish(self, model: Tensors, version: int, head_out: asyncio.Future[int]) -> Published:
+        """Publish `version`.
 
         `head_out` is given the offset to begin to read at as soon as the first part is there: readers need not wait for
         the last. Versions go in one after the other: the parts of two must never mix.
@@ -50,10 +67,10 @@ class ModelPublisher:
         async with self._turn:
             return await self._publish(model, version, head_out)
 
-    async def _publish(self, model: Tensors, version: int, head_out: asyncio.Future[int]) -> tuple[int, int]:
-        outgoing = Outgoing(model)
+    async def _publish(self, model: Tensors, version: int, head_out: asyncio.Future[int]) -> Published:
+        outgoing = await self._coded(model, version)
         if not self._is_declared:
-            await self._declare(outgoing.nbytes)
+            await self._declare(self._codec.most_bytes(outgoing.schema))
         buffers = outgoing.part(0)
         head = Model(
             run_id=self._run_id,
@@ -63,6 +80,7 @@ class ModelPublisher:
             part_bytes=outgoing.part_bytes,
             checksum=checksum(buffers),
             payload=buffers,
+            codec=outgoing.codec.text,
         )
         # One confirm awaited per part: then each message is a chunk of its own, which readers fetch one by one.
         await self._bus.publish(BROADCAST, "", encode(head))
@@ -76,7 +94,15 @@ class ModelPublisher:
         self._next_offset += outgoing.parts
         self._unseen_bytes += outgoing.nbytes
         self._last = (head.transfer, outgoing.parts - 1)
-        return outgoing.parts, outgoing.nbytes
+        return Published(outgoing.parts, outgoing.nbytes, outgoing.raw_bytes)
+
+    async def _coded(self, model: Tensors, version: int) -> Outgoing:
+        def make() -> Outgoing:
+            return Outgoing(model, codec=self._codec, noise=Noise("model", self._seed, version))
+
+        if self._codec == PLAIN or sum(value.nbytes for value in model.values()) <= _SMALL_BYTES:
+            return make()
+        return await asyncio.to_thread(make)
 
     async def find_end(self) -> None:
         """Look up where the stream ends, when that is due: best while nobody waits."""

@@ -21,6 +21,7 @@ from fedbus.errors import DecodeError, UpdateRefused
 from fedbus.types import EXTRA, Array, ExtraSpec, Metrics, Tensors, delta_dtype
 from fedbus.wire.arrays import TensorSpec, dtype_name, payload_bytes
 from fedbus.wire.codec import MAX_PART_BYTES
+from fedbus.wire.compression import PLAIN, Codec, DecodedPieces
 from fedbus.wire.messages import Part, Update
 from fedbus.wire.transfer import MIN_PART_BYTES, PartedAssembly, PartedTensors
 
@@ -59,10 +60,13 @@ class StagedUpdate:
     num_examples: int
     metrics: Metrics
     nbytes: int
+    """Of its payload, as it came."""
+    raw_bytes: int
+    """What that stands for: the payload that it would be without a codec."""
     arrived_at: float
     """When its last part came."""
     deliveries: dict[int, Delivery]
-    tensors: PartedTensors | None
+    tensors: PartedTensors | DecodedPieces | None
     """None once folded: the memory is free, the deliveries are still to be settled."""
     extra: PartedTensors | None = None
     """What came beside the delta; it goes with `tensors`."""
@@ -139,7 +143,7 @@ class Staging:
     def begin(self, head: Update, delivery: Delivery, now: float) -> int | None:
         """Take the head of a transfer; the token of the update when it is whole by now.
 
-        Memory for it is taken here, so its schema has been compared with what is expected before. Raises
+        Memory for it is taken here, so its schema and codec have been compared with what is expected before. Raises
         `UpdateRefused` for parts that do not fit.
         """
         try:
@@ -151,7 +155,7 @@ class Staging:
         transfer = self._transfers.get(head.transfer)
         self._aborted.pop(head.transfer, None)  # it is sent again from its begin
         if transfer is None:
-            transfer = _Transfer(head=head, assembly=PartedAssembly(head.schema, head.part_bytes), touched_at=now)
+            transfer = _Transfer(head=head, assembly=_assembly(head), touched_at=now)
             self._transfers[head.transfer] = transfer
         self._take(transfer, head, delivery, now)
         orphans = self._orphans.get(head.transfer)
@@ -171,9 +175,9 @@ class Staging:
             return None
         try:
             self._take(transfer, part, delivery, now)
+            return self._finish(transfer)
         except DecodeError as exc:
             raise UpdateRefused(str(exc)) from exc
-        return self._finish(transfer)
 
     def _keep_orphan(self, part: Part, delivery: Delivery, now: float, user: str | None) -> None:
         size = len(part.payload) + _ORPHAN_OVERHEAD_BYTES
@@ -207,7 +211,7 @@ class Staging:
             self._renew(deliveries, part.index, its_delivery)
         self._renew(deliveries, _index(message), delivery)
         self.abort(message.transfer)
-        return self.keep(head, deliveries, None, known.touched_at if known else 0.0)
+        return self.keep(head, deliveries, known.touched_at if known else 0.0)
 
     def head_of(self, transfer: str) -> Update | None:
         """The head of a transfer under way; None when only parts of it have come."""
@@ -218,7 +222,7 @@ class Staging:
         """Like `refuse`, for a transfer of which nothing more comes."""
         known = self._transfers[transfer]
         self.abort(transfer)
-        return self.keep(known.head, known.deliveries, None, known.touched_at)
+        return self.keep(known.head, known.deliveries, known.touched_at)
 
     def is_aborted(self, transfer: str) -> bool:
         """True for further parts of a transfer that was given up, or settled: a part may come twice."""
@@ -259,32 +263,35 @@ class Staging:
         transfer.touched_at = now
         if transfer.assembly.take(message):
             for name, _, values in transfer.assembly.pieces_of(message):
-                check_step(name, values)
+                check_step(name, values, times=transfer.assembly.layout.reach(name))
         self._renew(transfer.deliveries, _index(message), delivery)
 
     def _finish(self, transfer: _Transfer) -> int | None:
+        """Raises `DecodeError` for a whole that makes no sense."""
         if transfer.assembly.missing:
             return None
+        tensors, extra = _split(transfer.assembly)
         del self._transfers[transfer.head.transfer]
-        return self.keep(transfer.head, transfer.deliveries, transfer.assembly.tensors(), transfer.touched_at)
+        token = self.keep(transfer.head, transfer.deliveries, transfer.touched_at)
+        update = self._updates[token]
+        update.tensors, update.extra = tensors, extra
+        update.nbytes = transfer.assembly.received_bytes
+        return token
 
-    def keep(
-        self, head: Update, deliveries: dict[int, Delivery], tensors: PartedTensors | None, arrived_at: float
-    ) -> int:
-        """Remember an update (one that is refused has no tensors) and give it a token."""
+    def keep(self, head: Update, deliveries: dict[int, Delivery], arrived_at: float) -> int:
+        """Remember an update without its tensors and give it a token."""
         token = next(self._tokens)
-        own, extra = (None, None) if tensors is None else tensors.split(EXTRA)
         update = StagedUpdate(
             client_id=head.client_id,
             task_id=head.task_id,
             transfer=head.transfer,
             num_examples=head.num_examples,
             metrics=head.metrics,
-            nbytes=payload_bytes(head.schema),
+            nbytes=0,
+            raw_bytes=payload_bytes(head.schema),
             arrived_at=arrived_at,
             deliveries=deliveries,
-            tensors=own,
-            extra=extra,
+            tensors=None,
         )
         self._updates[token] = self._by_transfer[head.transfer] = update
         return token
@@ -327,6 +334,20 @@ class Staging:
         self._transfers[transfer].touched_at = now
 
 
+def _assembly(head: Update) -> PartedAssembly:
+    return PartedAssembly(head.schema, head.part_bytes, Codec.parse(head.codec))
+
+
+def _split(assembly: PartedAssembly) -> tuple[PartedTensors | DecodedPieces, PartedTensors]:
+    """The delta, decoded as it is read, and what came beside it. Raises `DecodeError`."""
+    own, extra = assembly.tensors().split(EXTRA)
+    if not assembly.layout.rounded:
+        return own, extra
+    delta = DecodedPieces(own, assembly.layout)
+    delta.check()
+    return delta, extra
+
+
 def _index(message: Update | Part) -> int:
     return message.index if isinstance(message, Part) else 0
 
@@ -337,21 +358,24 @@ def _bare(delivery: Delivery) -> Delivery:
 
 
 class UpdateCheck:
-    """What every update must be: deltas of `model`, all or some, and behind them all of `extras`."""
+    """What every update must be: deltas of `model`, all or some, and behind them all of `extras`, in this `codec`."""
 
-    def __init__(self, model: Tensors, extras: Mapping[str, ExtraSpec] | None = None) -> None:
+    def __init__(self, model: Tensors, extras: Mapping[str, ExtraSpec] | None = None, codec: Codec = PLAIN) -> None:
+        self._codec = codec
         self._expected = {
             name: (dtype_name(delta_dtype(value.dtype)), tuple(value.shape)) for name, value in model.items()
         }
         self._extras = {EXTRA + name: spec for name, spec in (extras or {}).items()}
         specs = [TensorSpec(name, *kind) for name, kind in self._expected.items()]
         specs += [_largest(name, spec) for name, spec in self._extras.items()]
-        self.nbytes = payload_bytes(tuple(specs))
+        self.nbytes = codec.most_bytes(tuple(specs))
         """The payload of the largest update that may come."""
 
     def head(self, update: Update) -> None:
         """Raise `UpdateRefused` for what can be told before the tensors are here: weight, names, dtypes, shapes."""
         check_parts(update)
+        if update.codec != self._codec.text:
+            raise UpdateRefused(f"it came in the codec {update.codec[:80]!r}, its task asked for {self._codec.text!r}")
         if update.num_examples < 1:
             raise UpdateRefused(f"num_examples is {update.num_examples}: an update needs at least one example")
         if update.num_examples > MAX_EXAMPLES:
@@ -410,6 +434,8 @@ def check_parts(update: Update) -> None:
 def check_initial(update: Update) -> None:
     """Raise `UpdateRefused` for an initial model that is empty or larger than any that is taken."""
     check_parts(update)
+    if update.codec:
+        raise UpdateRefused(f"the initial model came in the codec {update.codec[:80]!r}, none is due")
     if not update.schema:
         raise UpdateRefused("get_parameters returned no tensors")
     check_names(spec.name for spec in update.schema)
@@ -422,17 +448,18 @@ def metrics_bytes(metrics: Metrics) -> int:
     return sum(len(name) + (len(value) if isinstance(value, str | bytes) else 8) for name, value in metrics.items())
 
 
-def check_step(name: str, values: Array) -> None:
-    """Raise `UpdateRefused` for a piece of a delta with NaN, infinite or absurdly large values."""
+def check_step(name: str, values: Array, *, times: float = 1.0) -> None:
+    """Raise `UpdateRefused` for a piece of a delta with values that are NaN, infinite or, so many `times`, absurdly
+    large."""
     if values.dtype.kind in "iub" or not values.size:
         return
     real = values.view(values.real.dtype) if values.dtype.kind == "c" else values
     with np.errstate(invalid="ignore"):
         highest, lowest = float(np.maximum.reduce(real)), float(np.minimum.reduce(real))
-    if lowest > -MAX_STEP and highest < MAX_STEP:  # not so with NaN
+    if lowest * times > -MAX_STEP and highest * times < MAX_STEP:  # not so with NaN
         return
     check_finite({name: values})
-    raise UpdateRefused(f"tensor {name!r} moves by {max(highest, -lowest):.3g}: {MAX_STEP:.3g} is too far")
+    raise UpdateRefused(f"tensor {name!r} moves by {max(highest, -lowest) * times:.3g}: {MAX_STEP:.3g} is too far")
 
 
 def check_finite(tensors: Tensors) -> None:

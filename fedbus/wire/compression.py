@@ -8,31 +8,31 @@ A codec is a text, such as "topk:0.01+float16+zstd": up to three stages, in this
     zstd, zstd:LEVEL            the bytes of each part packed without loss
 
 A transfer's head tells the tensors as they are; what travels for them, its `Layout`, follows from their schema and the
-codec alone, so a receiver knows each size before it takes memory. Integers and bools, and whatever would not become
-smaller, travel as they are.
+codec alone, so a receiver knows each size before it takes memory. Integers and bools, what travels beside the model's
+own tensors, and whatever would not become smaller: these are not rounded.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedbus.errors import ClientCodeError, ConfigError, DecodeError
-from fedbus.types import Array, Piece, Tensors
+from fedbus.types import EXTRA, Array, Piece, Tensors
 from fedbus.wire import lossless
-from fedbus.wire.arrays import DTYPES, Schema, TensorSpec, check_schema, schema_of
+from fedbus.wire.arrays import DTYPES, Schema, TensorSpec, check_schema, payload_bytes, schema_of
 from fedbus.wire.floats import Float32s, Halves, Levels, Noise, Numbers, as_reals, blocks
 
-AS_THEY_ARE: Final = "extra/"
-"""Tensors whose names begin so are never rounded: they are what a method of its own sends beside a delta."""
-
 _STEPS, _COUNTS, _GAPS, _VALUES = "#steps", "#counts", "#gaps", "#values"
+_FLOAT32: Final = Halves("float32")
+_LARGEST_FLOAT16: Final = np.float32(65504)
 _MOST_SHARE: Final = 0.5
 """Two of three bytes for each number that is kept are its place."""
 
@@ -86,9 +86,23 @@ class Codec:
         if self.level is not None:
             lossless.package()
 
+    def check_carries_models(self) -> None:
+        """Raise `ConfigError` when a model cannot travel so."""
+        if self.share is not None:
+            raise ConfigError(f"a model cannot travel as {self.text!r}: topk leaves most of it out")
+
+    def most_bytes(self, schema: Schema) -> int:
+        """The largest payload that tensors of `schema` can become."""
+        coded = payload_bytes(Layout(self, schema).coded)
+        return coded if self.level is None else 2 * lossless.most_packed(coded) - coded  # in parts of 64 KiB and more
+
     def without_loss(self) -> Codec:
         """The lossless rest of it, for what must arrive as it is."""
         return Codec.parse("" if self.level is None else f"zstd:{self.level}")
+
+
+PLAIN: Final = Codec()
+"""Tensors travel as they are."""
 
 
 def _share(stage: str, argument: str | None) -> float:
@@ -149,14 +163,18 @@ class Layout:
     def __init__(self, codec: Codec, schema: Schema) -> None:
         self.codec = codec
         self.schema = schema
-        self.numbers = codec.numbers or Halves("float32")
+        self.numbers = codec.numbers or _FLOAT32
         """How floating-point numbers travel."""
-        self.rounded = {spec.name: _count_of(spec) for spec in schema if self._is_rounded(spec)}
+        self.rounded = (
+            {spec.name: _count_of(spec) for spec in schema if self._is_rounded(spec)} if codec.is_lossy else {}
+        )
         """The tensors that do not travel as they are, each with how many real numbers it holds."""
         self.front = self._front()
         """What comes before the tensors themselves."""
-        self.coded = self.front + tuple(self._body(spec) for spec in schema if not self._is_in_front(spec))
-        if codec.is_lossy:
+        self.coded = schema
+        """What travels."""
+        if self.rounded:
+            self.coded = self.front + tuple(self._body(spec) for spec in schema if not self._is_in_front(spec))
             check_schema(self.coded)
 
     def __repr__(self) -> str:
@@ -183,7 +201,7 @@ class Layout:
 
     def _is_rounded(self, spec: TensorSpec) -> bool:
         dtype = DTYPES[spec.dtype]
-        if not self.codec.is_lossy or spec.name.startswith(AS_THEY_ARE) or dtype.kind in "iub" or not spec.nbytes:
+        if spec.name.startswith(EXTRA) or dtype.kind in "iub" or not spec.nbytes:
             return False
         if self.codec.share is not None:
             return True
@@ -300,7 +318,7 @@ def _encode_sparse(layout: Layout, tensors: Tensors, noise: Noise, residual: Map
     coded = {spec.name: front[spec.name] for spec in layout.front}
     coded |= {name: value for name, value in tensors.items() if name not in layout.rounded}
     arrived = layout.numbers.decode(body, 0, steps)[1][: places.size]
-    flat[places] -= _as_received(arrived, places, tensors, runs)
+    flat[places] -= _as_received(arrived, places, layout, runs)
     return Encoded(layout, coded, {name: flat[run] for name, run in runs.items()})
 
 
@@ -335,43 +353,42 @@ def _gaps(places: NDArray[np.int64], layout: Layout) -> tuple[Array, Array]:
     return counts.astype(np.uint32), gaps.astype(np.uint16)
 
 
-def _as_received(arrived: Float32s, places: NDArray[np.int64], tensors: Tensors, runs: dict[str, slice]) -> Float32s:
+def _as_received(arrived: Float32s, places: NDArray[np.int64], layout: Layout, runs: dict[str, slice]) -> Float32s:
     """The numbers as they come out of the tensors' own dtypes, which may be narrower."""
-    for name, run in runs.items():
-        dtype = tensors[name].dtype
-        if dtype.itemsize < arrived.itemsize:
-            first, end = np.searchsorted(places, (run.start, run.stop))
-            arrived[first:end] = arrived[first:end].astype(dtype)
+    for spec in layout.schema:
+        if spec.name in runs and DTYPES[spec.dtype].itemsize < arrived.itemsize:
+            first, end = np.searchsorted(places, (runs[spec.name].start, runs[spec.name].stop))
+            arrived[first:end] = _cast(arrived[first:end], spec)
     return arrived
 
 
 # ---- and back --------------------------------------------------------------------------------------------------------
 
 
-class Walkable(Protocol):
-    """Tensors that can be walked piece by piece: once and letting go of them, or looking only."""
+_Run: TypeAlias = tuple[str, int, Float32s]
+"""A run of a tensor's real numbers: its name, the index of the first of them, and they themselves."""
 
-    def __getitem__(self, name: str, /) -> Array: ...
 
+class Walkable(Mapping[str, Array], ABC):
+    """Tensors that can be walked piece by piece as well: once and letting go of them, or looking only."""
+
+    @abstractmethod
     def pieces(self) -> Iterator[Piece]: ...
 
+    @abstractmethod
     def peek(self) -> Iterator[Piece]: ...
 
 
-class Decoded(Mapping[str, Array]):
-    """The tensors behind coded ones, decoded as they are asked for.
+class DecodedTensors(Mapping[str, Array]):
+    """The tensors behind coded ones, each decoded when asked for; what is not among the coded ones is left out."""
 
-    `pieces` takes memory for the layout's front, one coded part and one block at a time, and lets go of what it has
-    decoded; `peek` is the same, and keeps it. As a mapping it gives whole tensors.
-    """
-
-    def __init__(self, coded: Walkable, layout: Layout) -> None:
+    def __init__(self, coded: Tensors, layout: Layout) -> None:
         self._coded = coded
         self._layout = layout
-        self._specs = {spec.name: spec for spec in layout.schema}
+        self._specs = {spec.name: spec for spec in layout.schema if spec.name in layout.rounded or spec.name in coded}
 
     def __repr__(self) -> str:
-        return f"<Decoded {self._layout!r}>"
+        return f"<{type(self).__name__} {self._layout!r}>"
 
     def __len__(self) -> int:
         return len(self._specs)
@@ -384,30 +401,46 @@ class Decoded(Mapping[str, Array]):
         if name not in self._layout.rounded:
             return self._coded[name]
         whole = np.empty(_count_of(spec), np.float32)
-        for _, start, values in self._pieces_of(name):
+        for _, start, values in self._runs_of(name):
             whole[start : start + values.size] = values
         value = _cast(whole, spec).reshape(spec.shape)
         value.flags.writeable = False
         return value
 
-    def _pieces_of(self, name: str) -> Iterator[tuple[str, int, Float32s]]:
+    def _runs_of(self, name: str) -> Iterator[_Run]:
+        if isinstance(self._front, _Sparse):
+            return self._front.runs(only=name)
+        return self._front.runs(name, 0, self._coded[name])
+
+    @cached_property
+    def _front(self) -> _Dense | _Sparse:
         front = {spec.name: self._coded[spec.name] for spec in self._layout.front}
-        if self._layout.codec.share is not None:
-            return _Sparse(self._layout, front).pieces(only=name)
-        return _Dense(self._layout, front).pieces(name, 0, self._coded[name])
+        return (_Dense if self._layout.codec.share is None else _Sparse)(self._layout, front)
 
     def check(self) -> None:
         """Raise `DecodeError` when the places of top-k are not such as its tensors have. Reads the places alone."""
         if self._layout.codec.share is not None and self._layout.rounded:
             _check_places(self._coded[_COUNTS], self._coded[_GAPS], self._layout)
 
+
+class DecodedPieces(DecodedTensors):
+    """`DecodedTensors` that can be walked piece by piece, as the coded ones can.
+
+    `pieces` takes memory for the layout's front, one coded part and one block at a time, and lets go of what it has
+    decoded; `peek` is the same, and keeps it.
+    """
+
+    def __init__(self, coded: Walkable, layout: Layout) -> None:
+        super().__init__(coded, layout)
+        self._walkable = coded
+
     def pieces(self) -> Iterator[Piece]:
         """Every element once, those of a tensor in order; what is behind us is let go."""
-        return self._decoded(self._coded.pieces())
+        return self._decoded(self._walkable.pieces())
 
     def peek(self) -> Iterator[Piece]:
         """The same, and nothing is let go."""
-        return self._decoded(self._coded.peek())
+        return self._decoded(self._walkable.peek())
 
     def _decoded(self, coded: Iterator[Piece]) -> Iterator[Piece]:
         layout = self._layout
@@ -419,14 +452,14 @@ class Decoded(Mapping[str, Array]):
                 front[name][start : start + values.size] = values
                 to_come -= values.size
                 if not to_come and layout.codec.share is not None:
-                    yield from map(self._as_piece, _Sparse(layout, front).pieces())
+                    yield from map(self._as_piece, _Sparse(layout, front).runs())
             elif name in layout.rounded:
                 dense = dense or _Dense(layout, front)
-                yield from map(self._as_piece, dense.pieces(name, start, values))
+                yield from map(self._as_piece, dense.runs(name, start, values))
             else:
                 yield name, start, values
 
-    def _as_piece(self, run: tuple[str, int, Float32s]) -> Piece:
+    def _as_piece(self, run: _Run) -> Piece:
         name, start, values = run
         spec = self._specs[name]
         is_complex = DTYPES[spec.dtype].kind == "c"
@@ -437,8 +470,9 @@ def _cast(values: Float32s, spec: TensorSpec) -> Array:
     dtype = DTYPES[spec.dtype]
     if dtype.kind == "c":
         return values.view(np.complex64).astype(dtype, copy=False)
-    with np.errstate(over="ignore"):
-        return values.astype(dtype, copy=False)
+    if dtype.newbyteorder("=") == np.float16:  # steps of a bucket may end beyond it
+        values = np.clip(values, -_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+    return values.astype(dtype, copy=False)
 
 
 class _Dense:
@@ -453,7 +487,7 @@ class _Dense:
             end = start + self._numbers.buckets(size)
             self._steps[name], start = steps[start:end], end
 
-    def pieces(self, name: str, start: int, body: Array) -> Iterator[tuple[str, int, Float32s]]:
+    def runs(self, name: str, start: int, body: Array) -> Iterator[_Run]:
         """The numbers of a run of the body of `name`, which begins at its element `start`."""
         for block in blocks(body.size):
             first, values = self._numbers.decode(body[block], start + block.start, self._steps[name])
@@ -470,7 +504,7 @@ class _Sparse:
         steps = front.get(_STEPS, np.empty(0, np.float32))
         self._values = layout.numbers.decode(front[_VALUES], 0, steps)[1]
 
-    def pieces(self, only: str | None = None) -> Iterator[tuple[str, int, Float32s]]:
+    def runs(self, only: str | None = None) -> Iterator[_Run]:
         """All numbers, block by block."""
         begin = 0
         for (name, block), end in zip(self._blocks, self._ends.tolist(), strict=True):

@@ -114,6 +114,7 @@ class Update:
     """A client's delta against model `version`, or its initial parameters: head and first part of the transfer.
 
     `transfer` is new with every upload: a client that died half-way and trained again must not have its parts mixed.
+    `schema` tells the tensors, of which `codec` may make others that travel in their place: see `compression.Layout`.
     """
 
     client_id: Text
@@ -127,6 +128,7 @@ class Update:
     part_bytes: Count
     checksum: Count
     payload: Payload
+    codec: Text = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A version of the global model: head and first part of the transfer."""
+    """A version of the global model: head and first part of the transfer; `schema` and `codec` as in an `Update`."""
 
     run_id: Text
     epoch: Count
@@ -153,6 +155,7 @@ class Model:
     part_bytes: Count
     checksum: Count
     payload: Payload
+    codec: Text = ""
 
     @property
     def transfer(self) -> str:
@@ -167,8 +170,8 @@ class Model:
 class Welcome:
     """The client is a member of `run_id`, as long as it is heard of within every `lease_s` seconds.
 
-    `session` is that of its join: one for an earlier process of the same name means nothing. `codec`: what updates and
-    models are coded with in this run, "" for nothing; a client that cannot do it has no business here.
+    `session` is that of its join: one for an earlier process of the same name means nothing. `codec` and `model_codec`:
+    what updates and models are coded with in this run, "" for nothing; a client that cannot do it has no business here.
     """
 
     run_id: Text
@@ -177,6 +180,7 @@ class Welcome:
     heartbeat_s: float
     lease_s: float
     codec: Text = ""
+    model_codec: Text = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeAlias
 
 import numpy as np
 import xxhash
 
 from fedbus.errors import DecodeError
 from fedbus.types import Array, Piece, Tensors
-from fedbus.wire.arrays import ALIGN, DTYPES, Buffer, Schema, TensorSpec, offsets, payload_bytes, schema_of, views
+from fedbus.wire.arrays import ALIGN, DTYPES, Buffer, Schema, TensorSpec, offsets, payload_bytes, views
 from fedbus.wire.codec import MAX_PART_BYTES
+from fedbus.wire.compression import PLAIN, Codec, DecodedTensors, Layout, Walkable, encode
+from fedbus.wire.floats import Noise
+from fedbus.wire.lossless import most_packed, packed, unpacked
 from fedbus.wire.messages import Model, Part, Update
 
 PART_BYTES: Final = 1 << 20
 MIN_PART_BYTES: Final = 1 << 16
 """What a receiver takes at the least: bookkeeping per part must not outweigh the parts."""
+
+_Unpack: TypeAlias = Callable[[int, memoryview], memoryview]
+"""Takes the number of a part, and what came for it."""
 
 _63_BITS: Final = (1 << 63) - 1
 
@@ -43,26 +49,50 @@ def part_count(total_bytes: int, part_bytes: int) -> int:
 
 
 class Outgoing:
-    """Tensors on their way out: each part is a list of views of the arrays' own memory.
+    """Tensors on their way out: each part is a list of views of the arrays' own memory, or one packed frame.
 
-    The arrays must stay as they are until the last part is sent. Only what is not C-contiguous is copied. Raises
-    `ConfigError` for what cannot travel.
+    The arrays must stay as they are until the last part is sent. Only what is not C-contiguous, or changed by `codec`,
+    is copied. A lossy codec takes its chances from `noise`, and adds the `residual` of the last time. Takes long for
+    large tensors with a codec. Raises what `compression.encode` raises.
     """
 
-    def __init__(self, tensors: Tensors, part_bytes: int = PART_BYTES) -> None:
-        self.schema = schema_of(tensors)
+    def __init__(
+        self,
+        tensors: Tensors,
+        part_bytes: int = PART_BYTES,
+        *,
+        codec: Codec = PLAIN,
+        noise: Noise | None = None,
+        residual: Tensors | None = None,
+    ) -> None:
+        encoded = encode(codec, tensors, noise or Noise(), residual)
+        layout = encoded.layout
+        self.schema = layout.schema
+        self.codec = codec
+        self.residual = encoded.residual
+        """What a codec that leaves things out has left for the next time."""
+        self.raw_bytes = payload_bytes(layout.schema)
+        """What would travel without a codec."""
         self.part_bytes = part_bytes
-        self.nbytes = payload_bytes(self.schema)
+        self._unpacked_bytes = self.nbytes = payload_bytes(layout.coded)
         self.parts = part_count(self.nbytes, part_bytes)
         self._buffers: list[memoryview] = []
         self._starts: list[int] = []
+        self._packed: list[bytes] = []
         end = 0
-        for spec, offset in offsets(self.schema):
+        for spec, offset in offsets(layout.coded):
             if offset > end:
                 self._append(end, memoryview(bytes(offset - end)))  # padding
-            flat = np.ascontiguousarray(tensors[spec.name]).reshape(-1).view(np.uint8)
+            flat = np.ascontiguousarray(encoded.tensors[spec.name]).reshape(-1).view(np.uint8)
             self._append(offset, flat.data)
             end = offset + spec.nbytes
+        if codec.level is not None:
+            self._pack(layout.stride, codec.level)
+
+    def _pack(self, stride: int, level: int) -> None:
+        self._packed = [packed(b"".join(self.part(index)), stride, level) for index in range(self.parts)]
+        self._buffers, self._starts = [], []
+        self.nbytes = sum(map(len, self._packed))
 
     def _append(self, start: int, buffer: memoryview) -> None:
         if buffer.nbytes:
@@ -71,8 +101,10 @@ class Outgoing:
 
     def part(self, index: int) -> list[memoryview]:
         """The buffers that make up part `index`, in their order."""
+        if self._packed:
+            return [memoryview(self._packed[index])]
         begin = index * self.part_bytes
-        end = min(begin + self.part_bytes, self.nbytes)
+        end = min(begin + self.part_bytes, self._unpacked_bytes)
         found = []
         for i in range(max(0, bisect.bisect_right(self._starts, begin) - 1), len(self._starts)):
             start, buffer = self._starts[i], self._buffers[i]
@@ -85,12 +117,15 @@ class Outgoing:
 class _Incoming:
     """What both kinds of receiver check of each part."""
 
-    def __init__(self, schema: Schema, part_bytes: int) -> None:
+    def __init__(self, schema: Schema, part_bytes: int, codec: Codec = PLAIN) -> None:
         if not 0 < part_bytes <= MAX_PART_BYTES:
             raise DecodeError(f"parts of {part_bytes} bytes, 1 to {MAX_PART_BYTES} are allowed")
-        self._schema = schema
+        self.layout = Layout(codec, schema)
         self._part_bytes = part_bytes
-        self.nbytes = payload_bytes(schema)
+        self.nbytes = payload_bytes(self.layout.coded)
+        """Of the payload, unpacked."""
+        self.received_bytes = 0
+        """Payload bytes that are here, as they came."""
         self._missing = set(range(part_count(self.nbytes, part_bytes)))
 
     @property
@@ -98,29 +133,34 @@ class _Incoming:
         """How many parts are still to come."""
         return len(self._missing)
 
-    @property
-    def received_bytes(self) -> int:
-        """Payload bytes that are here, to the nearest part below."""
-        return max(0, self.nbytes - len(self._missing) * self._part_bytes)
-
     def take(self, message: Update | Model | Part) -> bool:
         """Take one part; False when it was there already. Raises `DecodeError` for a part that cannot be it."""
         index = message.index if isinstance(message, Part) else 0
         payload = message.payload
         assert isinstance(payload, memoryview), "only what was decoded can be taken"
-        start = index * self._part_bytes
-        expected = min(self._part_bytes, self.nbytes - start)
-        if expected < 0 or (expected == 0 and index > 0):
+        due = self._due(index)
+        if due < 0 or (due == 0 and index > 0):
             raise DecodeError(f"part {index} lies behind the end of the transfer")
-        if len(payload) != expected:
-            raise DecodeError(f"part {index} has {len(payload)} bytes, {expected} are due")
+        is_packed = self.layout.codec.level is not None
+        if (len(payload) > most_packed(due)) if is_packed else (len(payload) != due):
+            raise DecodeError(f"part {index} has {len(payload)} bytes, {due} are due")
         if index not in self._missing:
             return False
         if checksum(payload) != message.checksum:
             raise DecodeError(f"part {index} fails its checksum")
         self._store(index, payload)
         self._missing.remove(index)
+        self.received_bytes += len(payload)
         return True
+
+    def _due(self, index: int) -> int:
+        """Bytes of part `index`, unpacked."""
+        return min(self._part_bytes, self.nbytes - index * self._part_bytes)
+
+    def _unpacked(self, index: int, payload: memoryview) -> memoryview:
+        if self.layout.codec.level is None:
+            return payload
+        return unpacked(payload, self._due(index), self.layout.stride)
 
     def _store(self, index: int, payload: memoryview) -> None:
         raise NotImplementedError
@@ -129,17 +169,19 @@ class _Incoming:
 class Assembly(_Incoming):
     """The receiving end of a transfer whose tensors are wanted whole: takes parts in any order, each once.
 
-    Memory is the payload once; a transfer of one part is not copied at all. The schema is trusted here, so compare
-    it with what is expected before an Assembly is made for it.
+    Memory is the payload once, and the tensors that a lossy codec makes of it; a transfer of one part without a codec
+    is not copied at all. The schema is trusted here, so compare it with what is expected before an Assembly is made
+    for it.
     """
 
-    def __init__(self, schema: Schema, part_bytes: int) -> None:
-        super().__init__(schema, part_bytes)
+    def __init__(self, schema: Schema, part_bytes: int, codec: Codec = PLAIN) -> None:
+        super().__init__(schema, part_bytes, codec)
         # Untouched memory costs nothing: what was declared is paid for only as it arrives.
         self._whole = None if len(self._missing) == 1 else np.empty(self.nbytes, np.uint8)
         self._only: Buffer = b""
 
     def _store(self, index: int, payload: memoryview) -> None:
+        payload = self._unpacked(index, payload)
         if self._whole is None:
             self._only = payload
         else:
@@ -147,10 +189,11 @@ class Assembly(_Incoming):
             self._whole.data[start : start + len(payload)] = payload
 
     def tensors(self) -> dict[str, Array]:
-        """The tensors, as read-only views, once no part is missing."""
+        """The tensors, as read-only arrays, once no part is missing; takes long for large ones with a lossy codec."""
         assert not self._missing, "parts are missing"
         payload = self._only if self._whole is None else self._whole.data
-        return views(self._schema, memoryview(payload).toreadonly())
+        coded = views(self.layout.coded, memoryview(payload).toreadonly())
+        return dict(DecodedTensors(coded, self.layout)) if self.layout.rounded else coded
 
 
 class PartedAssembly(_Incoming):
@@ -159,36 +202,40 @@ class PartedAssembly(_Incoming):
     The schema is trusted here, too.
     """
 
-    def __init__(self, schema: Schema, part_bytes: int) -> None:
-        super().__init__(schema, part_bytes)
+    def __init__(self, schema: Schema, part_bytes: int, codec: Codec = PLAIN) -> None:
+        super().__init__(schema, part_bytes, codec)
         if part_bytes % ALIGN:
             raise DecodeError(
                 f"parts of {part_bytes} bytes: a multiple of {ALIGN} is due, so that none cuts a number in two"
             )
-        self._tensors = PartedTensors(schema, part_bytes)
+        self._tensors = PartedTensors(self.layout.coded, part_bytes, self._unpacked)
 
     def _store(self, index: int, payload: memoryview) -> None:
         self._tensors._parts[index] = payload
+        self._tensors._raw(index)  # raises for what cannot be unpacked
 
     def pieces_of(self, message: Update | Part) -> Iterator[Piece]:
-        """The runs of elements that one part holds."""
+        """The runs of elements that one part holds; of what travels, where a codec makes that of the tensors."""
         return self._tensors._pieces_of(message.index if isinstance(message, Part) else 0)
 
     def tensors(self) -> PartedTensors:
-        """The tensors, once no part is missing."""
+        """What travelled, once no part is missing."""
         assert not self._missing, "parts are missing"
         return self._tensors
 
 
-class PartedTensors(Mapping[str, Array]):
+class PartedTensors(Walkable):
     """Tensors that lie in the parts they came in.
 
     `pieces` is the cheap way to read them, once: it lets go of each part as soon as it is behind it; `peek` lets go of
     none. As a mapping it gives whole, read-only tensors, put together when they are asked for.
     """
 
-    def __init__(self, schema: Schema, part_bytes: int) -> None:
+    def __init__(self, schema: Schema, part_bytes: int, unpack: _Unpack = lambda index, payload: payload) -> None:
         self._part_bytes = part_bytes
+        self._unpack = unpack
+        self._last_raw: tuple[memoryview, memoryview] | None = None
+        """The part that was read last, as it came and unpacked."""
         self._payload_bytes = self.nbytes = payload_bytes(schema)
         self._parts: list[memoryview | None] = [None] * part_count(self.nbytes, part_bytes)
         self._shared = len(self._parts)  # the first part that others need, too
@@ -247,7 +294,7 @@ class PartedTensors(Mapping[str, Array]):
         for index in self._part_range():
             yield from self._pieces_of(index)
             if index < self._shared:
-                self._parts[index] = None
+                self._parts[index] = self._last_raw = None
 
     def peek(self) -> Iterator[Piece]:
         """The same, and all of it stays."""
@@ -263,11 +310,16 @@ class PartedTensors(Mapping[str, Array]):
         return range(min(self._starts[0] // self._part_bytes, last), last + 1)
 
     def _bytes_of(self, index: int, begin: int, end: int) -> memoryview:
+        start = index * self._part_bytes
+        return self._raw(index)[begin - start : end - start]
+
+    def _raw(self, index: int) -> memoryview:
         part = self._parts[index]
         if part is None:
             raise KeyError("these tensors were read piece by piece, and are gone")
-        start = index * self._part_bytes
-        return part[begin - start : end - start]
+        if self._last_raw is None or self._last_raw[0] is not part:
+            self._last_raw = part, self._unpack(index, part)
+        return self._last_raw[1]
 
     def _pieces_of(self, index: int) -> Iterator[Piece]:
         begin = index * self._part_bytes

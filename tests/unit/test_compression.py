@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -13,30 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbus.errors import ClientCodeError, ConfigError, DecodeError
-from fedbus.types import Array, Piece, Tensors
+from fedbus.types import Array, Tensors
 from fedbus.wire.arrays import DTYPES, schema_of
-from fedbus.wire.compression import Codec, Decoded, Encoded, Layout, encode
+from fedbus.wire.compression import Codec, DecodedPieces, Encoded, Layout, encode
 from fedbus.wire.floats import BLOCK, BUCKET, Halves, Levels, Noise, Numbers, to_float16
+from fedbus.wire.transfer import Outgoing, PartedTensors
 
 NOISE = ("seed", 1)
 LOSSY = ("float16", "bfloat16", "int8", "qsgd:1", "qsgd:7", "qsgd:100", "topk:0.01", "topk:0.3+int8", "topk:0.1+qsgd:3")
 
 
-class Held(dict[str, Array]):
-    """Coded tensors that are walked in runs of so many elements."""
-
-    run = 1 << 20
-
-    def pieces(self) -> Iterator[Piece]:
-        for name, value in self.items():
-            for start in range(0, max(1, value.size), self.run):
-                yield name, start, value.reshape(-1)[start : start + self.run]
-
-    peek = pieces
-
-
-def decoded(encoded: Encoded) -> Decoded:
-    return Decoded(Held(encoded.tensors), encoded.layout)
+def decoded(encoded: Encoded, part_bytes: int = 1 << 20) -> DecodedPieces:
+    """What a receiver makes of it."""
+    parted = PartedTensors(encoded.layout.coded, part_bytes)
+    outgoing = Outgoing(encoded.tensors, part_bytes)
+    parted._parts = [memoryview(b"".join(outgoing.part(index))) for index in range(outgoing.parts)]
+    return DecodedPieces(parted, Layout(encoded.layout.codec, encoded.layout.schema))
 
 
 def there_and_back(text: str, tensors: Tensors, *, seed: int = 0, residual: Tensors | None = None) -> dict[str, Array]:
@@ -337,12 +328,10 @@ def tensors(draw: st.DrawFn) -> dict[str, Array]:
 def test_every_element_comes_back_once_and_near(given_: dict[str, Array], text: str, run: int) -> None:
     encoded = encode(Codec.parse(text), given_, Noise(*NOISE))
     assert schema_of(encoded.tensors) == encoded.layout.coded
-    held = Held(encoded.tensors)
-    held.run = run
-    got = Decoded(held, Layout(Codec.parse(text), schema_of(given_)))
+    got = decoded(encoded, run)
     got.check()
     walked: dict[str, list[Array]] = {}
-    for name, start, values in got.pieces():
+    for name, start, values in got.peek():
         assert start == sum(part.size for part in walked.setdefault(name, []))
         assert values.dtype == given_[name].dtype
         walked[name].append(values)
@@ -358,6 +347,10 @@ def test_every_element_comes_back_once_and_near(given_: dict[str, Array], text: 
             near = {"float16": 2**-11, "bfloat16": 2**-8, "int8": 0.25}[text]
             away = np.abs(whole.astype(np.complex128) - value.astype(np.complex128))
             assert (away <= near * (1 + np.abs(value).astype(np.float64))).all()
+    assert [(name, start) for name, start, _ in got.pieces()], "walked for good"
+    if encoded.layout.coded[0].nbytes:
+        with pytest.raises(KeyError, match="gone"):
+            list(got.peek())
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">f8"])

@@ -955,8 +955,8 @@ async def test_a_stream_that_an_earlier_run_left_with_other_settings_is_replaced
 async def publish(publisher: ModelPublisher, model: dict[str, Array], version: int) -> tuple[int, int]:
     """Where the version begins, and its parts."""
     head: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    parts, _ = await publisher.publish(model, version, head)
-    return head.result(), parts
+    published = await publisher.publish(model, version, head)
+    return head.result(), published.parts
 
 
 def place(version: int, offset: int, epoch: int = 1) -> Place:
