@@ -24,6 +24,7 @@ from fedbus.strategies.fedbuff import FedBuff
 from fedbus.strategies.metrics import weighted_mean
 from fedbus.training.base import Client, ClientContext, NumPyClient
 from fedbus.types import Array, Config, EvaluateFn, Metrics, Tensors, as_tensors
+from fedbus.wire.compression import Codec
 
 Parameters: TypeAlias = Tensors | Sequence[Array]
 ConfigFn: TypeAlias = Config | Callable[[int], Config]
@@ -84,6 +85,9 @@ class App:
             some thousand clients, and goes on without one of three nodes. It is settled when the queues are made.
         personal: names of tensors (or patterns, "head.*") that each client keeps to itself: they begin as in the
             initial model, are trained and evaluated in place of the shared ones, and never leave the client again.
+        compression: how updates travel: "float16", "bfloat16", "int8", "qsgd:LEVELS", "topk:SHARE", "zstd", or such as
+            "topk:0.01+float16+zstd"; "": as they are. Clients keep what topk leaves out, and send it later.
+        model_compression: the same for the model, without topk; clients train from what they got.
         seed: of the cohorts; also sent to clients as "seed" in the fit config unless that is set there.
 
     Raises:
@@ -103,6 +107,8 @@ class App:
     update_queue: Literal["quorum", "classic"] = "quorum"
     message_queues: Literal["classic", "quorum"] = "classic"
     personal: Sequence[str] = ()
+    compression: str = ""
+    model_compression: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,6 +121,12 @@ class App:
         self.strategy.check(self.rounds)
         if isinstance(self.personal, str) or not all(isinstance(pattern, str) for pattern in self.personal):
             raise ConfigError(f"personal must be a list of tensor names or patterns, not {self.personal!r}")
+        for setting in ("compression", "model_compression"):
+            given = getattr(self, setting)
+            if not isinstance(given, str):
+                raise ConfigError(f"{setting} must be the name of a codec, such as 'int8', not {given!r}")
+        Codec.parse(self.compression)
+        self.model_codec.check_carries_models()
         for setting in ("update_queue", "message_queues"):
             if getattr(self, setting) not in ("quorum", "classic"):
                 raise ConfigError(f"{setting} must be 'quorum' or 'classic', not {getattr(self, setting)!r}")
@@ -145,6 +157,17 @@ class App:
         names = [piece.name for piece in self.after_evaluation if isinstance(piece, BestModel)]
         if len(set(names)) < len(names):
             raise ConfigError("each BestModel needs a name of its own: BestModel(..., name='best-accuracy')")
+
+    @property
+    def update_codec(self) -> Codec:
+        """How answers to fit and query tasks travel."""
+        codec = Codec.parse(self.compression)
+        return codec if self.strategy.asks == "fit" else codec.without_loss()
+
+    @property
+    def model_codec(self) -> Codec:
+        """How versions of the model travel."""
+        return Codec.parse(self.model_compression)
 
     def is_personal(self, name: str) -> bool:
         """Whether a tensor of that name stays with its client."""

@@ -22,6 +22,8 @@ from fedbus.training.base import (
 from fedbus.training.delta import update_delta
 from fedbus.training.thread import Caller
 from fedbus.types import EXTRA, Array, Config, EvaluateResult, Metrics, Tensors
+from fedbus.wire.compression import Codec
+from fedbus.wire.floats import Noise
 from fedbus.wire.messages import FitTask
 from fedbus.wire.transfer import Outgoing
 
@@ -30,6 +32,10 @@ _LOGGER = logging.getLogger("fedbus.client")
 
 PERSONAL: Final = "personal/"
 """Under this prefix the client's memory holds the tensors that it shares with nobody."""
+
+
+RESIDUAL: Final = "residual/"
+"""Under this prefix it holds what a codec has left out so far, tensor by tensor."""
 
 
 class Trained(NamedTuple):
@@ -77,8 +83,10 @@ class UserCode:
         """
         client = await self.make()
         parameters = self._prepare(model, memory)
-        ask = _query if task.purpose == "query" else self._fit
-        trained: Trained = await self._call(task.purpose, ask, parameters, client, task.config)
+        if task.purpose == "query":
+            answered: Trained = await self._call(task.purpose, _query, client, parameters, task)
+            return answered
+        trained: Trained = await self._call(task.purpose, self._fit, client, parameters, task, memory)
         return trained
 
     async def evaluate(self, model: Tensors, config: Config, memory: Tensors) -> EvaluateResult:
@@ -96,15 +104,24 @@ class UserCode:
             return model
         return {name: memory.get(PERSONAL + name, value) for name, value in model.items() if name not in beside}
 
-    def _fit(self, parameters: Tensors, client: Client, config: Config) -> Trained:
-        result = check_fit_result(client.fit(parameters, dict(config)))
+    def _fit(self, client: Client, parameters: Tensors, task: FitTask, before: Tensors) -> Trained:
+        result = check_fit_result(client.fit(parameters, dict(task.config)))
         personal = {name: value for name, value in result.parameters.items() if self._app.is_personal(name)}
         shared = {name: value for name, value in result.parameters.items() if name not in personal}
         delta = update_delta(parameters, shared)
         update_delta(parameters, personal)  # raises when it cannot be what it stands for
         memory = self._context.memory | {PERSONAL + name: np.array(value) for name, value in personal.items()}
         beside = {EXTRA + name: value for name, value in result.extra.items()}
-        return Trained(Outgoing(delta | beside), result.num_examples, result.metrics, memory)
+        residual = {name.removeprefix(RESIDUAL): value for name, value in before.items() if name.startswith(RESIDUAL)}
+        outgoing = Outgoing(
+            delta | beside, codec=Codec.parse(task.codec), noise=self._noise(task.config), residual=residual
+        )
+        memory |= {RESIDUAL + name: value for name, value in (residual | outgoing.residual).items()}
+        return Trained(outgoing, result.num_examples, result.metrics, memory)
+
+    def _noise(self, config: Config) -> Noise:
+        """The same for the same task: one that is done twice gives the same update."""
+        return Noise(self._context.client_id, *(repr(config.get(key)) for key in ("seed", "round", "repeat")))
 
     async def _call(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -116,6 +133,7 @@ class UserCode:
             raise ClientCodeError(f"{what} raised {one_line(f'{type(exc).__name__}: {exc}')}") from exc
 
 
-def _query(question: Tensors, client: Client, config: Config) -> Trained:
-    extra = answer(client.query(dict(config)), question, config)
-    return Trained(Outgoing({EXTRA + name: value for name, value in extra.items()}), 1, {}, {})
+def _query(client: Client, question: Tensors, task: FitTask) -> Trained:
+    extra = answer(client.query(dict(task.config)), question, task.config)
+    outgoing = Outgoing({EXTRA + name: value for name, value in extra.items()}, codec=Codec.parse(task.codec))
+    return Trained(outgoing, 1, {}, {})

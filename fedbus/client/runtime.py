@@ -40,6 +40,7 @@ from fedbus.errors import (
     QueueBusy,
     QueueMismatch,
     QueueMissing,
+    RunFailed,
     Unroutable,
     leaf,
     one_line,
@@ -51,6 +52,7 @@ from fedbus.training.thread import Caller, UserThread
 from fedbus.types import Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode, encode
+from fedbus.wire.compression import Codec
 
 _JOIN_EVERY_S = (0.5, 5.0)
 _JOIN_AGAIN_S = 0.05
@@ -146,6 +148,7 @@ class ClientRuntime:
         self._has_told_of_waiting = False
         self._over = asyncio.Event()
         self._result: m.RunEnded | None = None
+        self._unfit = ""  # why it cannot take part
         self._ended_tasks: OrderedDict[str, str] = OrderedDict()  # task_id -> why it failed, "" when it was settled
         self._newest_fit = 0
 
@@ -169,7 +172,8 @@ class ClientRuntime:
     async def run(self) -> m.RunEnded | None:
         """Take part until the run ends: the server's last word, or None after `request_leave`.
 
-        Raises `QueueBusy` when a client of this name is connected already, `BrokerError` when the broker goes away.
+        Raises `QueueBusy` when a client of this name is connected already, `BrokerError` when the broker goes away,
+        `RunFailed` when it cannot do what the run asks of its clients.
         """
         try:
             await self._run()
@@ -180,6 +184,8 @@ class ClientRuntime:
             self._caller.close()
             with contextlib.suppress(BrokerError):
                 await self._reader.close()
+        if self._unfit:
+            raise RunFailed(f"{self._client_id} left the run: {self._unfit}")
         self._tell_the_end()
         return self._result
 
@@ -337,9 +343,8 @@ class ClientRuntime:
         return max(tasks, key=round_of).task_id if tasks else ""
 
     async def _say_goodbye(self) -> None:
-        leave = m.Leave(
-            client_id=self._client_id, session=self._session, run_id=self._run_id or "", reason="it was asked to stop"
-        )
+        reason = self._unfit or "it was asked to stop"
+        leave = m.Leave(client_id=self._client_id, session=self._session, run_id=self._run_id or "", reason=reason)
         with contextlib.suppress(BrokerError, TimeoutError):
             async with asyncio.timeout(_GOODBYE_PATIENCE_S):  # under a broker's alarm nothing gets through
                 await self._bus.publish(CONTROL, self._client_id, encode(leave), expires_s=self._lease_s)
@@ -419,6 +424,7 @@ class ClientRuntime:
                     self._work.set()
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
+                self._check_codecs(message)
             case m.Receipt() if message.run_id == self._run_id:
                 self._take_receipt(message.task_id, message.round, message.staleness)
             case m.Refusal():
@@ -437,6 +443,15 @@ class ClientRuntime:
                 self._over.set()
             case _:
                 pass  # words of a run that is over
+
+    def _check_codecs(self, welcome: m.Welcome) -> None:
+        """Better not to take part at all than to fail at each task."""
+        try:
+            for codec in (welcome.codec, welcome.model_codec):
+                Codec.parse(codec).check_installed()
+        except ConfigError as exc:
+            self._unfit = f"it cannot take part in a run with this compression: {exc}"
+            self._over.set()
 
     def _await_another_run(self) -> None:
         self._run_id = None

@@ -161,21 +161,25 @@ class WorkersCounted:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPublished:
+    """`raw_bytes`: what the payload would be without a codec."""
+
     version: int
     payload_bytes: int
     parts: int
     seconds: float
+    raw_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateFolded:
-    """`nbytes`: of the payload."""
+    """`nbytes`: of the payload as it came. `raw_bytes`: what it would be without a codec."""
 
     client_id: str
     round: int
     staleness: int
     num_examples: int
     nbytes: int = 0
+    raw_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

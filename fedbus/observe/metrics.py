@@ -203,9 +203,14 @@ class ServerMetrics(Metrics):
             registry=registry,
         )
         self._folded_bytes = Counter(
-            "fedbus_update_folded_bytes", "Payload bytes of folded updates.", registry=registry
+            "fedbus_update_folded_bytes", "Payload bytes of folded updates, as they came.", registry=registry
         )
-        self._model_bytes = Gauge("fedbus_model_bytes", "Payload bytes of the model.", registry=registry)
+        self._folded_raw_bytes = Counter(
+            "fedbus_update_folded_raw_bytes",
+            "Payload bytes that folded updates would have without a codec.",
+            registry=registry,
+        )
+        self._model_bytes = Gauge("fedbus_model_bytes", "Payload bytes of the model as it travels.", registry=registry)
         self._published = Counter(
             "fedbus_model_published_bytes", "Payload bytes of versions put into the stream.", registry=registry
         )
@@ -253,6 +258,7 @@ class ServerMetrics(Metrics):
                 self._updates.labels("late" if event.staleness else "folded").inc()
                 self._staleness.observe(event.staleness)
                 self._folded_bytes.inc(event.nbytes)
+                self._folded_raw_bytes.inc(event.raw_bytes)
             case o.UpdateRefused():
                 self._updates.labels("refused").inc()
             case o.UpdateRepeated():

@@ -40,7 +40,8 @@ class Best:
 class FoldedUpdate:
     """One update in a round, `staleness` versions late. A client may have two in one: a late one and a fresh one.
 
-    `seconds`: from its task to the whole update, None when another server sent the task. `nbytes`: of its payload.
+    `seconds`: from its task to the whole update, None when another server sent the task. `nbytes`: of its payload as
+    it came. `raw_bytes`: what that would be without a codec.
     """
 
     client_id: str
@@ -49,6 +50,7 @@ class FoldedUpdate:
     metrics: dict[str, Any]
     seconds: float | None = None
     nbytes: int = 0
+    raw_bytes: int = 0
 
 
 @dataclass(kw_only=True)

@@ -28,6 +28,7 @@ from fedbus.server.staging import (
 from fedbus.types import ExtraSpec, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.codec import decode
+from fedbus.wire.compression import PLAIN, Codec
 
 _LARGE_BYTES = 64 << 20
 """Updates up to here may come more often for nothing."""
@@ -89,9 +90,10 @@ class UpdateIntake:
         """Payload bytes of updates in memory that are not folded."""
         return self._staging.held_bytes
 
-    def expect(self, model: Tensors, extras: Mapping[str, ExtraSpec]) -> None:
-        """From now on updates are deltas of `model` with `extras` beside them; before, they are initial models."""
-        self._check = UpdateCheck(model, extras)
+    def expect(self, model: Tensors, extras: Mapping[str, ExtraSpec], codec: Codec = PLAIN) -> None:
+        """From now on updates are deltas of `model` with `extras` beside them, in this `codec`; before, they are
+        initial models."""
+        self._check = UpdateCheck(model, extras, codec)
 
     def get(self, token: int) -> StagedUpdate:
         """The update behind an event's `delivery`."""

@@ -208,6 +208,13 @@ class Server:
                 f"{type(app.strategy).__name__} needs clients that remember: virtual ones on workers do not, so start "
                 "clients of their own (fedbus client, fedbus run)"
             )
+        for codec in (app.update_codec, app.model_codec):
+            codec.check_installed()
+        if virtual_clients and app.update_codec.needs_memory:
+            raise ConfigError(
+                f"compression={app.compression!r} needs clients that remember what they left out: virtual ones on "
+                "workers do not, so start clients of their own (fedbus client, fedbus run), or take another codec"
+            )
         self._app = app
         self._bus = bus
         self._observers = tuple(observers)
@@ -286,7 +293,14 @@ class Server:
 
     def _make_publisher(self) -> ModelPublisher:
         versions = _ASYNCHRONOUS_VERSIONS if self._app.rounds.is_asynchronous else 4
-        return ModelPublisher(self._bus, run_id=self._run_id, epoch=self._epoch, versions=versions)
+        return ModelPublisher(
+            self._bus,
+            run_id=self._run_id,
+            epoch=self._epoch,
+            versions=versions,
+            codec=self._app.model_codec,
+            seed=self._app.seed,
+        )
 
     @property
     def history(self) -> History:
@@ -857,6 +871,8 @@ class Server:
                     epoch=self._epoch,
                     heartbeat_s=rounds.heartbeat_s,
                     lease_s=rounds.lease_s,
+                    codec=self._app.update_codec.text,
+                    model_codec=self._app.model_codec.text,
                 )
                 await self._outbound.put((command.client_id, welcome, rounds.lease_s))
             case c.RequestParameters():
@@ -913,6 +929,7 @@ class Server:
             receipt_task_id=receipt.task_id if receipt else "",
             receipt_round=receipt.round if receipt else 0,
             receipt_staleness=receipt.staleness if receipt else 0,
+            codec=self._app.update_codec.text,
             purpose=self._strategy.asks,
         )
 
@@ -1143,6 +1160,7 @@ class Server:
             metrics=dict(staged.metrics),
             seconds=None if command.seconds is None else round(command.seconds, 6),
             nbytes=staged.nbytes,
+            raw_bytes=staged.raw_bytes,
         )
         self._folded.append((staged.task_id, folded))
         self._tell(
@@ -1152,6 +1170,7 @@ class Server:
                 staleness=command.staleness,
                 num_examples=staged.num_examples,
                 nbytes=staged.nbytes,
+                raw_bytes=staged.raw_bytes,
             )
         )
 
@@ -1197,7 +1216,7 @@ class Server:
         assert self._intake is not None
         # Where sizes change there is nothing to subtract from: what clients have to say comes beside the delta.
         deltas = {} if self._strategy.may_resize else model
-        self._intake.expect(deltas, _call_strategy(self._strategy.extras, model))
+        self._intake.expect(deltas, _call_strategy(self._strategy.extras, model), self._app.update_codec)
 
     async def _make_initial_durable(self) -> None:
         await asyncio.to_thread(self._persist_model, lambda: self._ledger.commit_model(self._version))
@@ -1375,12 +1394,13 @@ class Server:
         if self._overrides("broadcast"):
             beside = await self._aside(self._strategy.broadcast, self._model)
             tensors = tensors | {EXTRA + name: value for name, value in beside.items()}
-        parts, payload_bytes = await self._publisher.publish(tensors, self._version, head)
+        published = await self._publisher.publish(tensors, self._version, head)
         self._tell(
             o.ModelPublished(
                 version=self._version,
-                payload_bytes=payload_bytes,
-                parts=parts,
+                payload_bytes=published.payload_bytes,
+                raw_bytes=published.raw_bytes,
+                parts=published.parts,
                 seconds=now() - started_at,
             )
         )
@@ -1638,6 +1658,8 @@ def _settings(app: App) -> dict[str, Any]:
         "fedbus": version("fedbus"),
         "seed": app.seed,
         "strategy": _name_of(app.strategy),
+        "compression": app.compression,
+        "model_compression": app.model_compression,
         **{name: repr(value) if dataclasses.is_dataclass(value) else value for name, value in vars(app.rounds).items()},
     }
 

@@ -97,6 +97,8 @@ class WorkerRuntime:
     ) -> None:
         if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= _MOST_SLOTS:
             raise ConfigError(f"slots must be a whole number from 1 to {_MOST_SLOTS}, not {slots!r}")
+        for codec in (app.update_codec, app.model_codec):
+            codec.check_installed()
         self._app = app
         self._bus = bus
         self._slots = slots
