@@ -472,4 +472,5 @@ def check_finite(tensors: Tensors) -> None:
 def _all_finite(value: Array) -> bool:
     flat: np.ndarray[Any, Any] = value.reshape(-1)
     # In blocks: the boolean mask stays small, and the first bad block ends it.
-    return all(bool(np.isfinite(flat[start : start + 65_536]).all()) for start in range(0, flat.size, 65_536))
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return all(bool(np.isfinite(flat[start : start + 65_536]).all()) for start in range(0, flat.size, 65_536))

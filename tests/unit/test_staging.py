@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -113,3 +114,10 @@ def test_metrics_count_their_names_and_texts() -> None:
 def test_the_check_knows_how_large_an_update_can_be() -> None:
     model: Tensors = {"w": np.zeros((10, 10), np.float32), "n": np.zeros(3, np.int64), "b": np.zeros(5, np.bool_)}
     assert UpdateCheck(model).nbytes == Outgoing({**model, "b": np.zeros(5, np.int8)}).nbytes
+
+
+def test_a_signalling_nan_is_refused_like_any_other() -> None:
+    """Found by fuzzing: of one in bfloat16 numpy warns."""
+    values = np.full(100, 0x7F81, np.uint16).view(ml_dtypes.bfloat16)
+    with pytest.raises(UpdateRefused, match="'w' holds NaN"):
+        check_step("w", values)
