@@ -33,13 +33,17 @@ from fedbus.server.history import History
 from fedbus.server.identity import Identity
 from fedbus.server.intake import UpdateIntake
 from fedbus.server.ledger import Ledger
-from fedbus.server.staging import StagedUpdate
+from fedbus.server.staging import MAX_STEP, StagedUpdate, Staging
 from fedbus.strategies.xgboost_trees import read_booster, with_trees, write_model
 from fedbus.tensorfile import load_model, save_model
 from fedbus.types import Array, ExtraSpec, Tensors
 from fedbus.wire import messages as m
 from fedbus.wire.arrays import TensorSpec, check_schema, payload_bytes
 from fedbus.wire.codec import decode, encode
+from fedbus.wire.compression import Codec, Layout
+from fedbus.wire.compression import encode as encode_tensors
+from fedbus.wire.floats import Noise
+from fedbus.wire.lossless import packed
 from fedbus.wire.transfer import Outgoing, PartedAssembly, checksum
 from tests.fuzz.draw import Draw
 
@@ -125,6 +129,81 @@ def _parted(data: bytes) -> None:
             assert start == counts[name]
             counts[name] += values.size
         assert counts == {spec.name: math.prod(spec.shape) for spec in schema}
+
+
+# ---- coded updates -> deltas -----------------------------------------------------------------------------------------
+
+_CODECS: Final = ("int8", "topk:0.1", "qsgd:1+zstd", "topk:0.01+qsgd:7+zstd", "float16", "zstd", "bfloat16+zstd")
+_PART: Final = 1 << 16
+
+
+def _delta() -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {
+        "w": rng.normal(size=20_000).astype(np.float32),
+        "h": rng.normal(size=300).astype(np.float16),
+        "n": np.arange(4),
+        "z": rng.normal(size=100).astype(np.complex64),
+        "none": np.zeros((0, 2)),
+    }
+
+
+def _raw_payload(text: str) -> tuple[Layout, bytes]:
+    encoded = encode_tensors(Codec.parse(text), _delta(), Noise())
+    outgoing = Outgoing(encoded.tensors, _PART)
+    return encoded.layout, b"".join(b"".join(outgoing.part(index)) for index in range(outgoing.parts))
+
+
+_RAW: Final = {text: _raw_payload(text) for text in _CODECS}
+
+
+def _changed(draw: Draw, raw: bytes) -> bytes:
+    """With some bytes of it changed: early ones, where scales and places are, as often as any."""
+    changed = bytearray(raw)
+    while not draw.is_over:
+        at = draw.below(draw.one_of((1 << 9, 1 << 12, 1 << 20))) % len(changed)
+        few = draw.take(1 + draw.below(8))
+        changed[at : at + len(few)] = few
+    return bytes(changed[: len(raw)])
+
+
+def _coded(data: bytes) -> None:
+    """Whatever bytes come for an update: it is refused, or every number of it is there once, and within bounds."""
+    draw = Draw(data)
+    text, changes_frames = draw.one_of(_CODECS), draw.below(2)
+    layout, raw = _RAW[text]
+    codec = Codec.parse(text)
+    if not changes_frames:
+        raw = _changed(draw, raw)
+    parts = [raw[start : start + _PART] for start in range(0, len(raw), _PART)]
+    if codec.level is not None:
+        parts = [packed(part, layout.stride, codec.level) for part in parts]
+    if changes_frames:
+        parts[-1] = _changed(draw, parts[-1])
+    first, *others = (memoryview(part) for part in parts)
+    head = m.Update(
+        client_id="c1", task_id="t", run_id="r", transfer="x", version=0, num_examples=1, metrics={}, codec=text,
+        schema=layout.schema, part_bytes=_PART, checksum=checksum(first), payload=first,
+    )  # fmt: skip
+    staging = Staging()
+    came = Delivery(body=b"", tag=1, routing_key="", redelivered=False, offset=None, user_id="c1")
+    try:
+        token = staging.begin(head, came, 0.0)
+        for index, part in enumerate(others, 1):
+            token = staging.add(m.Part(transfer="x", index=index, checksum=checksum(part), payload=part), came, 0.0)
+    except UpdateRefused:
+        return
+    assert token is not None
+    tensors = staging.get(token).tensors
+    assert tensors is not None
+    looked = list(tensors.peek())
+    counts = dict.fromkeys((spec.name for spec in layout.schema), 0)
+    for (name, start, values), (_, _, seen) in zip(tensors.pieces(), looked, strict=True):
+        assert start == counts[name]
+        counts[name] += values.size
+        assert values.tobytes() == seen.tobytes()
+        assert values.dtype.kind == "i" or float(np.abs(values.astype(np.complex128)).max(initial=0)) < 2 * MAX_STEP
+    assert counts == {spec.name: math.prod(spec.shape) for spec in layout.schema}
 
 
 # ---- hostile updates -> intake ---------------------------------------------------------------------------------------
@@ -402,6 +481,7 @@ TARGETS: Final = {
     "answers": Target(one=_answers, seeds=_scripts),
     "decode": Target(one=_decode, seeds=_message_seeds),
     "parted": Target(one=_parted, seeds=_scripts),
+    "coded": Target(one=_coded, seeds=lambda: [bytes([number, 0]) for number in range(7)] + _scripts()),
     "intake": Target(one=_intake, seeds=_scripts),
     "bundle": Target(one=_bundle, seeds=_bundle_seeds),
     "safetensors": Target(one=_safetensors, seeds=_safetensors_seeds),
