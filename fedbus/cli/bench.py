@@ -16,6 +16,10 @@ from rich.table import Table
 from fedbus.bench import fedprox as prox
 from fedbus.bench.aggregate import STRATEGIES, AggregateBench, bench_aggregate
 from fedbus.bench.aggregate import Spec as AggregateSpec
+from fedbus.bench.codecs import bench_codecs, bench_memcpy
+from fedbus.bench.compression import CODECS as COMPRESSIONS
+from fedbus.bench.compression import Outcome as CompressedRun
+from fedbus.bench.compression import bench_compression
 from fedbus.bench.fold import FoldBench, bench_fold
 from fedbus.bench.heart_disease import SEEDS, bench_heart_disease
 from fedbus.bench.heart_disease import Outcome as HeartDisease
@@ -174,21 +178,85 @@ _FOLDS: Final = {
 
 def _show_fold(found: FoldBench) -> None:
     typer.echo(f"updates of {found.mib:g} MiB of float32, the best of {found.clients}, one core")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    table.add_column("GiB/s", justify="right")
-    table.add_column("the exact fold takes", justify="right")
+    table = _table("", "GiB/s", "the exact fold takes")
     for name, words in _FOLDS.items():
         table.add_row(words, f"{getattr(found, name):.2f}", f"{found.ratios[name]:.2f} times as long")
     table.add_row("exact sums, as the server folds", f"{found.exact:.2f}", "")
     Console(highlight=False).print(table)
 
 
-def _regimes_table(outcomes: list[Outcome], target: float) -> Table:
+@bench_app.command()
+def codecs(
+    mib: Annotated[float, typer.Option("--mib", help="Size of the update.")] = 64.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time each codec on one core, beside a copy of the same bytes."""
+    memcpy = bench_memcpy(mib)
+    found = list(bench_codecs(mib))
+    if as_json:
+        typer.echo(json.dumps({"memcpy_gib_s": memcpy, "codecs": [dataclasses.asdict(speed) for speed in found]}))
+        return
+    table = _table("codec", "smaller by", "encode, GiB/s", "decode, GiB/s")
+    table.add_row("memcpy", "", f"{memcpy:.2f}", f"{memcpy:.2f}")
+    for speed in found:
+        table.add_row(speed.codec, f"{speed.ratio:.2f}", f"{speed.encode_gib_s:.2f}", f"{speed.decode_gib_s:.2f}")
+    Console(highlight=False).print(table)
+
+
+@bench_app.command()
+def compression(
+    clients: Annotated[int, typer.Option("--clients", help="Client processes; each is in every round.")] = 10,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds of each run.")] = 30,
+    seed: Annotated[int, typer.Option("--seed", help="Of batches and of what is rounded at random.")] = 0,
+    only: Annotated[
+        list[str] | None, typer.Option("--codec", help="This one; may be given again. Default: one of each kind.")
+    ] = None,
+    broker: Broker = None,
+    plaintext: Plaintext = False,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train the demo's digits with each codec, and tell what it saves and what it costs."""
+    asked = tuple(only) if only else COMPRESSIONS
+    given = {"clients": clients, "rounds": rounds, "seed": seed, "codecs": asked, "broker": broker, "run_dir": run_dir}
+
+    async def run() -> list[CompressedRun]:
+        found = []
+        async for outcome in bench_compression(**given):  # type: ignore[arg-type]  # as they are above
+            found.append(outcome)
+            if not as_json:
+                typer.echo(f"{outcome.codec or 'no codec'}: accuracy {outcome.accuracy:.4f}", err=True)
+        return found
+
+    found = run_async(run())
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in found]))
+        return
+    table = _table("codec", "KiB per update", "KiB per round", "smaller by", f"accuracy after {rounds}", "best")
+    for outcome in found:
+        table.add_row(
+            outcome.codec or "none",
+            f"{outcome.bytes_per_update / 1024:.2f}",
+            f"{outcome.bytes_per_round / 1024:.1f}",
+            f"{outcome.ratio:.2f}",
+            f"{outcome.accuracy:.4f}",
+            f"{outcome.best:.4f}",
+        )
+    Console(highlight=False).print(table)
+
+
+def _table(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("regime")
-    for name in (f"s to {target:.0%}", "quicker", "final accuracy", "s in all", "late"):
+    table.add_column(first)
+    for name in others:
         table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _regimes_table(outcomes: list[Outcome], target: float) -> Table:
+    table = _table("regime", f"s to {target:.0%}", "quicker", "final accuracy", "s in all", "late")
     names = list(dict.fromkeys(outcome.regime for outcome in outcomes))
     first = _median_to_target([outcome for outcome in outcomes if outcome.regime == names[0]])
     for name in names:
