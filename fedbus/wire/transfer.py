@@ -216,7 +216,8 @@ class PartedAssembly(_Incoming):
 
     def pieces_of(self, message: Update | Part) -> Iterator[Piece]:
         """The runs of elements that one part holds; of what travels, where a codec makes that of the tensors."""
-        return self._tensors._pieces_of(message.index if isinstance(message, Part) else 0)
+        yield from self._tensors._pieces_of(message.index if isinstance(message, Part) else 0)
+        self._tensors._last_raw = None
 
     def tensors(self) -> PartedTensors:
         """What travelled, once no part is missing."""
@@ -235,7 +236,7 @@ class PartedTensors(Walkable):
         self._part_bytes = part_bytes
         self._unpack = unpack
         self._last_raw: tuple[memoryview, memoryview] | None = None
-        """The part that was read last, as it came and unpacked."""
+        """The part that is being read, as it came and unpacked."""
         self._payload_bytes = self.nbytes = payload_bytes(schema)
         self._parts: list[memoryview | None] = [None] * part_count(self.nbytes, part_bytes)
         self._shared = len(self._parts)  # the first part that others need, too
@@ -286,6 +287,7 @@ class PartedTensors(Walkable):
                 part = self._bytes_of(index, begin, min(offset + spec.nbytes, (index + 1) * self._part_bytes))
                 whole.data[begin - offset : begin - offset + len(part)] = part
             raw = whole.data.toreadonly()
+        self._last_raw = None
         flat = np.frombuffer(raw, DTYPES[spec.dtype]) if spec.nbytes else np.empty(0, DTYPES[spec.dtype])
         return flat.reshape(spec.shape)
 
@@ -300,6 +302,7 @@ class PartedTensors(Walkable):
         """The same, and all of it stays."""
         for index in self._part_range():
             yield from self._pieces_of(index)
+        self._last_raw = None
 
     def _part_range(self) -> range:
         """The parts in which our tensors lie."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,24 @@ def test_parts_in_any_order_decode_to_what_was_sent(text: str) -> None:
         np.testing.assert_array_equal(whole[name], DELTA[name])
     if not Codec.parse(text).is_lossy:
         np.testing.assert_array_equal(whole["w"], DELTA["w"])
+
+
+@pytest.mark.parametrize("text", ["zstd", "topk:0.5+zstd"])
+def test_what_waits_takes_no_more_memory_than_it_has_bytes(text: str) -> None:
+    outgoing = Outgoing({"w": np.zeros(1 << 21, np.float32)}, 1 << 20, codec=Codec.parse(text))
+    messages = messages_of(outgoing)
+    staging = Staging()
+    tracemalloc.start()
+    try:
+        token = stage(staging, messages)
+        assert token is not None
+        assert tracemalloc.get_traced_memory()[0] < 1 << 18
+        update = staging.get(token)
+        assert update.tensors is not None
+        assert [values.size for _, _, values in update.tensors.peek()]
+        assert tracemalloc.get_traced_memory()[0] < 1 << 18
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_may_come_is_known_beforehand() -> None:
