@@ -20,6 +20,8 @@ from fedbus.clock import now
 from fedbus.simulation.habits import Habits
 from fedbus.training.base import Client, ClientContext, NumPyClient
 from fedbus.types import Array, Tensors
+from fedbus.wire.arrays import schema_of
+from fedbus.wire.compression import PLAIN, Codec
 from fedbus.wire.transfer import Outgoing
 
 T = TypeVar("T")
@@ -49,8 +51,9 @@ class VirtualCaller(InlineCaller):
     (`ClientContext.cancelled`). The model's way to the client is part of them, and the update's way from it follows.
     """
 
-    def __init__(self, habits: Habits) -> None:
+    def __init__(self, habits: Habits, model_codec: Codec = PLAIN) -> None:
         self._habits = habits
+        self._model_codec = model_codec
         self._tasks = self._fits = 0
         self._fetched: weakref.ref[Array] | None = None
         self._passing: asyncio.Future[None] | None = None
@@ -109,7 +112,10 @@ class VirtualCaller(InlineCaller):
         if self._fetched is not None and self._fetched() is first:
             return 0.0
         self._fetched = weakref.ref(first)
-        return self._habits.download_s(sum(value.nbytes for value in model.values()))
+        nbytes = sum(value.nbytes for value in model.values())
+        if self._model_codec.is_lossy:
+            nbytes = self._model_codec.most_bytes(schema_of(model))
+        return self._habits.download_s(nbytes)
 
     def forget_model(self) -> None:
         """The client was gone: the model must be fetched again."""
@@ -157,7 +163,7 @@ class VirtualClient:
         self._broker = broker
         self._context = context
         self._habits = habits
-        self._caller = VirtualCaller(habits)
+        self._caller = VirtualCaller(habits, app.model_codec)
         self._memory = ClientMemory()
         self._jitter = random.Random(f"{seed}/{context.client_id}/jitter")
         self._tell_lost = tell_lost

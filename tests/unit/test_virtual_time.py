@@ -361,6 +361,11 @@ def test_the_model_and_the_update_take_their_time_on_the_road() -> None:
     assert seconds_of(play(2, fit_s=60)) == [60, 60]
 
 
+def test_what_is_compressed_takes_less_of_it() -> None:
+    codecs = {"compression": "float16", "model_compression": "bfloat16"}
+    assert seconds_of(play(2, fit_s=60, bandwidth="100:50", app=codecs)) == [75, 75]
+
+
 def test_a_model_that_is_here_is_not_fetched_again() -> None:
     """Round 2 ends at 180; only then is model 1 evaluated, for 5 s without a download, and round 3 waits for that."""
     history = play(2, rounds={"num_rounds": 3, "fraction_evaluate": 1.0}, fit_s=60, evaluate_s=5, bandwidth="100:50")
