@@ -261,6 +261,17 @@ def test_an_app_with_a_codec_that_makes_no_sense_is_not_made(settings: dict[str,
         app_of(**settings)
 
 
+class Asking(FedAvg):
+    asks = "query"
+
+
+def test_answers_to_queries_are_packed_and_not_rounded() -> None:
+    app = app_of(compression="topk:0.1+int8+zstd:3", strategy=Asking())
+    assert app.update_codec == Codec.parse("zstd:3")
+    assert app_of(compression="int8", strategy=Asking()).update_codec == Codec.parse("")
+    assert app_of(compression="int8").update_codec == Codec.parse("int8")
+
+
 async def test_the_same_task_done_again_gives_the_same_update() -> None:
     """A run is a function of its seed, whatever is rounded at random."""
     bits = []

@@ -98,6 +98,7 @@ async def test_the_counters_of_a_run_equal_what_its_history_says() -> None:
     assert value(text, "fedbus_update_staleness_versions_sum") == sum(u.staleness for u in updates)
     assert value(text, "fedbus_update_staleness_versions_count") == len(updates)
     assert value(text, "fedbus_update_folded_bytes_total") == sum(u.nbytes for u in updates)
+    assert value(text, "fedbus_update_folded_raw_bytes_total") == sum(u.raw_bytes for u in updates) > 0
     assert value(text, 'fedbus_updates_total{outcome="refused"}') == sum(len(r.refused) for r in history.rounds)
     for reason in ("min_fit_clients", "cohort_done", "timeout"):
         closed = sum(record.reason == reason for record in history.rounds)
