@@ -158,7 +158,12 @@ _NAMES: Final = "float16, bfloat16, int8, qsgd:LEVELS, topk:SHARE or zstd"
 
 
 class Layout:
-    """What travels for tensors of `schema` under `codec`: the same on both sides. Raises `DecodeError`."""
+    """What travels for tensors of `schema` under `codec`: the same on both sides.
+
+    Raises:
+        ConfigError: for a tensor whose name is one of ours.
+        DecodeError: for a schema that nobody can have.
+    """
 
     def __init__(self, codec: Codec, schema: Schema) -> None:
         self.codec = codec
@@ -175,6 +180,9 @@ class Layout:
         """What travels."""
         if self.rounded:
             self.coded = self.front + tuple(self._body(spec) for spec in schema if not self._is_in_front(spec))
+            taken = {spec.name for spec in self.front} & {spec.name for spec in schema}
+            if taken:
+                raise ConfigError(f"a tensor named {min(taken)!r} cannot travel as {codec.text}: rename it")
             check_schema(self.coded)
 
     def __repr__(self) -> str:

@@ -261,6 +261,13 @@ def test_an_app_with_a_codec_that_makes_no_sense_is_not_made(settings: dict[str,
         app_of(**settings)
 
 
+async def test_a_model_with_a_name_of_ours_ends_the_run_with_a_line_that_says_so() -> None:
+    app = app_of(compression="int8", initial_parameters={"#steps": np.zeros(700, np.float32)})
+    async with federation(app) as story:
+        with pytest.raises(ConfigError, match="a tensor named '#steps' cannot travel as int8: rename it"):
+            await story.start_server()
+
+
 class Asking(FedAvg):
     asks = "query"
 
