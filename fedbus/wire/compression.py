@@ -65,7 +65,7 @@ class Codec:
                 )
             place, read = _STAGES[name]
             if place in found:
-                raise ConfigError(f"{text!r} does the same twice: {stage!r} is one {place} too many")
+                raise ConfigError(f"{text!r} does the same twice: leave {stage!r} out, or what comes before it")
             found[place] = read(stage, argument if colon else None)
         if list(found) != [place for place in _PLACES if place in found]:
             raise ConfigError(f"{text!r} is in the wrong order: first topk, then a number format, then zstd")

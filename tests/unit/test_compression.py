@@ -55,7 +55,7 @@ def test_a_codec_is_known_by_its_name(text: str) -> None:
     [
         ("gzip", "there is no codec 'gzip' (in 'gzip'): take float16, "),
         ("float16+", "there is no codec ''"),
-        ("int8+float16", "'float16' is one numbers too many"),
+        ("int8+float16", "does the same twice: leave 'float16' out"),
         ("zstd+zstd", "does the same twice"),
         ("zstd+int8", "wrong order"),
         ("int8+topk:0.1", "wrong order"),
