@@ -297,10 +297,8 @@ def fedprox(
 
 
 def _fedprox_table(outcomes: list[prox.Outcome]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method")
-    for data_seed in sorted({outcome.data_seed for outcome in outcomes}):
-        table.add_column(f"data {data_seed}", justify="right", no_wrap=True)
+    data_seeds = sorted({outcome.data_seed for outcome in outcomes})
+    table = _table("method", *(f"data {data_seed}" for data_seed in data_seeds))
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
         runs = [outcome for outcome in outcomes if outcome.method == method]
         table.add_row(method, *(f"{run.accuracy:.3f} ({run.loss:.2f})" for run in runs))
@@ -339,10 +337,7 @@ def heart_disease(
 
 
 def _heart_disease_table(outcomes: list[HeartDisease]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("strategy")
-    for name in ("published", "ours", "difference", "by seed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("strategy", "published", "ours", "difference", "by seed")
     for outcome in outcomes:
         by_seed = " ".join(f"{accuracy:.4f}" for accuracy in outcome.accuracies.values())
         ours = f"{outcome.mean:.4f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,9 +91,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Tensors]:
     """Every update that a client makes ready to travel."""
     updates: list[Tensors] = []
 
-    def note(tensors: Tensors) -> Outgoing:
+    def note(tensors: Tensors, **options: Any) -> Outgoing:
         updates.append(tensors)
-        return Outgoing(tensors)
+        return Outgoing(tensors, **options)
 
     monkeypatch.setattr("fedbus.client.code.Outgoing", note)
     return updates
