@@ -19,7 +19,7 @@ class Ditto(FedAvg):
     "ditto_lambda" in the fit config.
 
     Args:
-        lambda_: how near v_k stays to w: with 0 each client trains alone. The paper tries 0.05, 0.1, 0.2, 1 and 2.
+        lambda_: how near v_k stays to w: with 0 each client trains alone, and the larger it is the nearer.
         weighting, optimizer: as in `FedAvg`.
 
     Raises:

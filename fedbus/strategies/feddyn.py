@@ -52,11 +52,12 @@ class FedDyn(StepStrategy):
     `fedbus.training.local` and `fedbus.training.torch`. Each client counts alike, however many examples it has, in the
     mean over those that took part, and h is the mean of all m clients' g_k.
 
-    A late update counts less for the mean by its staleness discount, and in full for h, as for its client's g_k.
+    A late update counts less for the mean by its staleness discount, and in full for h, as for its client's g_k. A
+    client that is started anew must know its g_k, for h does: give it a state folder (`fedbus client --state DIR`).
 
     Args:
-        alpha: how near clients stay to the model; the paper tries 0.01, 0.1 and more. The step of a round grows with
-            1/alpha where few of the clients take part.
+        alpha: how near clients stay to the model, 0.01 to 0.1 in the paper. The step of a round grows with 1/alpha,
+            where few of the clients take part.
         num_clients: m; None takes the members that the federation has when the round is opened.
 
     Raises:

@@ -29,11 +29,12 @@ class _Round:
 class Scaffold(WeightedStrategy):
     """x <- x + eta_g mean(y_i - x); c <- c + |S|/N mean(c_i+ - c_i): clients step along g_i(y) - c_i + c.
 
-    Karimireddy et al. 2020 (SCAFFOLD: Stochastic Controlled Averaging for Federated Learning), algorithm 1, eq. 5. c
-    travels with each model, c_i stays with its client, and each update holds c_i+ - c_i, so that it is twice as large;
-    the clients' half is in `fedbus.training.local` and `fedbus.training.torch`. Clients must take steps of SGD.
+    Karimireddy et al. 2020 (SCAFFOLD: Stochastic Controlled Averaging for Federated Learning), algorithm 1, equations 3
+    to 5. c travels with each model, c_i stays with its client, and each update holds c_i+ - c_i, so that it is twice as
+    large; the clients' half is in `fedbus.training.local` and `fedbus.training.torch`. Clients must take steps of SGD.
 
-    A late update counts less for x by its staleness discount, and in full for c, which is to be the mean of the c_i.
+    A late update counts less for x by its staleness discount, and in full for c, which is to be the mean of the c_i. A
+    client that is started anew must know its c_i, for c does: give it a state folder (`fedbus client --state DIR`).
 
     Args:
         server_learning_rate: eta_g; the paper's is 1.

@@ -41,7 +41,7 @@ class LocalTraining:
     - FedDyn ("feddyn_alpha"): alpha (w - w_t) - g_k, and then g_k <- g_k - alpha (w - w_t). Acar et al. 2021 (Federated
       Learning Based on Dynamic Regularization), algorithm 1.
     - FedNova ("fednova"): adds nothing, and tells ||a_i||_1 as the metric "a_norm". Wang et al. 2020 (Tackling the
-      Objective Inconsistency Problem in Heterogeneous Federated Optimization), section 4.1.
+      Objective Inconsistency Problem in Heterogeneous Federated Optimization), section 4.
 
     Tensors that the client keeps to itself (`App.personal`) are trained plainly.
 
@@ -146,7 +146,7 @@ class _Reach:
     """How far gradients of 1 would have led so far: K eta for plain SGD; and eta ||a||_1, for a is what counts.
 
     After tau steps of size eta with momentum rho, [tau - rho (1 - rho^tau) / (1 - rho)] eta / (1 - rho); with a pull of
-    mu instead, [1 - (1 - eta mu)^tau] / mu (Wang et al. 2020, section 4.1). Both come of the recurrence itself, which
+    mu instead, [1 - (1 - eta mu)^tau] / mu (Wang et al. 2020, section 4). Both come of the recurrence itself, which
     has room for rates that change, too.
     """
 
