@@ -31,6 +31,9 @@ Config: TypeAlias = Mapping[str, Scalar]
 EXTRA: Final = "extra/"
 """Tensors of this prefix travel beside the model's own, in either direction: no model may use it."""
 
+SUMS: Final = "sum/"
+"""Tensors of this prefix in a client's memory are sums, to which each fit adds what it also told the server."""
+
 EvaluateFn: TypeAlias = Callable[[int, dict[str, Array]], "tuple[float, Metrics] | None"]
 """Central evaluation: (round, model) -> (loss, metrics); round 0 is the initial model, None skips a round."""
 

@@ -1,7 +1,9 @@
 """What a client remembers from one fit to the next: it counts once the server's receipt for that fit has come.
 
 A fit whose update is refused must leave no trace: the server's half of the method (a control variate, a sum of what
-was not sent) knows nothing of it. Training does not wait for receipts, so each fit begins with what the last one left.
+was not sent) knows nothing of it. Training does not wait for receipts, so each fit begins with what the last one left;
+should that be refused afterwards, its share is taken out of the sums ("sum/...") that later fits have left. Other
+tensors stay as they left them.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from fedbus.errors import ConfigError
 from fedbus.tensorfile import map_model, save_model
-from fedbus.types import Array, Tensors
+from fedbus.types import SUMS, Array, Tensors
 
 _SETTLED: Final = "settled.safetensors"
 _SUFFIX: Final = ".open.safetensors"
@@ -35,6 +39,7 @@ class ClientMemory:
         self._run_id = ""
         self._settled: Tensors = {}
         self._open: OrderedDict[str, tuple[int, Tensors]] = OrderedDict()  # task_id -> (number, what it left)
+        self._begun: tuple[str, Tensors] = "", {}  # the newest task, and what its fit began with
         self._number = 0
         if folder is not None:
             with _using(folder):
@@ -61,14 +66,24 @@ class ClientMemory:
 
     def before(self, task_id: str = "") -> dict[str, Array]:
         """What a fit for `task_id` begins with: what the last one left, but for an earlier attempt at the same task."""
-        others = [tensors for other, (_, tensors) in self._open.items() if other != task_id]
-        return dict(others[-1] if others else self._settled)
+        newest = self._newest(but=task_id)
+        if task_id:
+            self._begun = task_id, newest
+        return dict(newest)
+
+    def _newest(self, *, but: str) -> Tensors:
+        others = [tensors for other, (_, tensors) in self._open.items() if other != but]
+        return others[-1] if others else self._settled
 
     def keep(self, task_id: str, tensors: Tensors) -> None:
         """Note what the fit for `task_id` left, until it is settled; on disk, durably: not on the event loop then."""
         self._forget(task_id)
-        if not tensors and not self.before(task_id):
+        newest = self._newest(but=task_id)
+        if not tensors and not newest:
             return
+        begun, base = self._begun
+        if begun == task_id:
+            tensors = _rebased(tensors, base, newest)
         self._number += 1
         self._open[task_id] = self._number, dict(tensors)
         if self._folder is not None:
@@ -88,7 +103,15 @@ class ClientMemory:
                 (self._folder / f"{number}{_SUFFIX}").replace(self._folder / _SETTLED)
 
     def discard(self, task_id: str) -> None:
-        """The server does not count this fit."""
+        """The server does not count this fit, which later ones may have begun with; on disk those stay as they are."""
+        if task_id in self._open:
+            earlier: Tensors = self._settled
+            number, left = self._open[task_id]
+            for other, (its_number, tensors) in self._open.items():
+                if its_number < number:
+                    earlier = tensors
+                elif its_number > number:
+                    self._open[other] = its_number, _rebased(tensors, left, earlier)
         self._forget(task_id)
 
     def _forget(self, task_id: str) -> None:
@@ -107,6 +130,21 @@ class ClientMemory:
                 self._run_id = run_id
                 self._open[task_id] = number, tensors
             self._number = number
+
+
+def _rebased(tensors: Tensors, base: Tensors, new_base: Tensors) -> dict[str, Array]:
+    """`tensors`, which came of `base`, as if they had come of `new_base`, as far as they are sums."""
+    return {
+        name: _shifted(value, base.get(name), new_base.get(name)) if name.startswith(SUMS) else value
+        for name, value in tensors.items()
+    }
+
+
+def _shifted(value: Array, base: Array | None, new_base: Array | None) -> Array:
+    if base is new_base:
+        return value
+    shifted = value if new_base is None else value + new_base
+    return np.asarray(shifted if base is None else shifted - base, value.dtype)
 
 
 def _read(path: Path) -> tuple[dict[str, Array], str, str]:

@@ -26,7 +26,8 @@ class ClientContext:
         config: further settings for `client_fn`.
         memory: tensors that the client's half of a method keeps (a control variate, personal layers). What a fit leaves
             there counts once the server has committed its update, and is dropped when that is refused; it is empty
-            when a run begins. Assign new arrays, and do not write into old ones.
+            when a run begins. Assign new arrays, and do not write into old ones. What is named "sum/..." is a sum, to
+            which each fit adds: when a fit is refused after the next one has begun, its share is taken out of that.
         broadcast: tensors that came with the model, by the strategy's names; read-only.
         is_personal: whether a tensor of that name stays with this client, as the app says.
     """

@@ -279,6 +279,41 @@ def test_a_fit_begins_with_what_the_last_one_left_until_that_is_refused(folder: 
     assert value_of(memory.before("3")) is None
 
 
+def sums(value: float) -> dict[str, Array]:
+    return {"sum/w": np.full(2, value), **tensors(value)}
+
+
+def test_the_share_of_a_refused_fit_is_taken_out_of_the_sums_of_later_ones(folder: Path | None) -> None:
+    memory = ClientMemory(folder)
+    memory.begin_run("r")
+    memory.keep("1", sums(1))
+    memory.settle("1")
+    for number, left in (("2", 10), ("3", 100), ("4", 1000)):
+        memory.before(number)
+        memory.keep(number, sums(left))
+    assert float(memory.before("5")["sum/w"][0]) == 1000
+    memory.discard("3")  # its 90
+    assert float(memory.before("6")["sum/w"][0]) == 910
+    memory.discard("2")  # its 9, while 6 is at work
+    memory.keep("6", sums(2000))
+    assert float(memory.before()["sum/w"][0]) == 2000 - 9
+    assert value_of(memory.before()) == 2000, "it is no sum"
+    memory.settle("4")
+    assert float(memory.before()["sum/w"][0]) == 2000 - 9
+    memory.discard("6")
+    assert float(memory.before()["sum/w"][0]) == 1 + 900
+
+
+def test_a_first_fit_that_is_refused_leaves_the_others_shares(folder: Path | None) -> None:
+    memory = ClientMemory(folder)
+    memory.begin_run("r")
+    memory.keep("1", sums(1))
+    memory.before("2")
+    memory.keep("2", sums(10))
+    memory.discard("1")
+    assert float(memory.before()["sum/w"][0]) == 9
+
+
 def test_what_is_settled_stays(folder: Path | None) -> None:
     memory = ClientMemory(folder)
     memory.begin_run("r")
