@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from fedbus.training.base import ClientContext
-from fedbus.types import Array, Config, FitResult, Metrics, Tensors, kept_dtype
+from fedbus.types import SUMS, Array, Config, FitResult, Metrics, Tensors, kept_dtype
 
 T = TypeVar("T")
 
@@ -205,7 +205,7 @@ class _FedDyn:
         return {}
 
 
-_FEDDYN = "feddyn/"
+_FEDDYN = f"{SUMS}feddyn/"
 
 
 class _Scaffold:
@@ -229,7 +229,7 @@ class _Scaffold:
         return changes
 
 
-_SCAFFOLD = "scaffold/"
+_SCAFFOLD = f"{SUMS}scaffold/"
 _C = "c/"
 
 

@@ -109,7 +109,7 @@ class TestFixedPoints:
         strategy = Scaffold()
         assert play(strategy, clients, 300) == pytest.approx(OPTIMUM, abs=1e-9)
         for client, gradient in zip(clients, (1 * (OPTIMUM + 1), 4 * (OPTIMUM - 2)), strict=True):
-            assert float(client.context.memory["scaffold/w"]) == pytest.approx(gradient, abs=1e-9)
+            assert float(client.context.memory["sum/scaffold/w"]) == pytest.approx(gradient, abs=1e-9)
         assert float(strategy.memory["c/w"]) == pytest.approx(0, abs=1e-9)
 
     def test_scaffold_ends_at_the_optimum_where_one_client_takes_part_at_a_time(self) -> None:
@@ -132,7 +132,7 @@ class TestFixedPoints:
         clients = hospitals(steps=200)
         strategy = FedDyn(alpha=1.0)
         assert play(strategy, clients, 100) == pytest.approx(OPTIMUM, abs=1e-9)
-        gradients = [float(client.context.memory["feddyn/w"]) for client in clients]
+        gradients = [float(client.context.memory["sum/feddyn/w"]) for client in clients]
         assert gradients == pytest.approx([1 * (OPTIMUM + 1), 4 * (OPTIMUM - 2)], abs=1e-9)
         assert float(strategy.memory["h/w"]) == pytest.approx(0, abs=1e-9)
 
@@ -188,7 +188,7 @@ class TestObjectiveInconsistency:
 class TestClient:
     def local(self, config: Config, **memory: float) -> tuple[LocalTraining, ClientContext]:
         context = ClientContext(client_id="c")
-        context.memory.update({name.replace("_", "/"): np.array(value) for name, value in memory.items()})
+        context.memory.update({"sum/" + name.replace("_", "/"): np.array(value) for name, value in memory.items()})
         return LocalTraining({"w": np.array(1.0)}, config, context), context
 
     def corrected(self, local: LocalTraining, gradient: float, weight: float, lr: float = 0.1) -> float:
@@ -209,14 +209,14 @@ class TestClient:
 
     def test_a_scaffold_fit_by_hand(self) -> None:
         context = ClientContext(client_id="c")
-        context.memory["scaffold/w"] = np.array(2.0)
+        context.memory["sum/scaffold/w"] = np.array(2.0)
         context.broadcast = {"c/w": np.array(0.5)}
         local = LocalTraining({"w": np.array(1.0)}, {"scaffold": True}, context)
         assert self.corrected(local, 5.0, 3.0, lr=0.1) == 5.0 - 2.0 + 0.5
         assert self.corrected(local, 5.0, 3.0, lr=0.3) == 5.0 - 2.0 + 0.5
         result = local.result({"w": np.array(0.8)}, 7)
         after = 2.0 - 0.5 + (1.0 - 0.8) / (0.1 + 0.3)
-        assert float(context.memory["scaffold/w"]) == pytest.approx(after)
+        assert float(context.memory["sum/scaffold/w"]) == pytest.approx(after)
         assert float(result.extra["c/w"]) == pytest.approx(after - 2.0)
 
     def test_a_feddyn_fit_by_hand(self) -> None:
@@ -224,14 +224,14 @@ class TestClient:
         assert self.corrected(local, 5.0, 3.0) == 5.0 - 2.0 + 0.5 * (3.0 - 1.0)
         result = local.result({"w": np.array(4.0)}, 7)
         assert result.extra == {}
-        assert float(context.memory["feddyn/w"]) == 2.0 - 0.5 * (4.0 - 1.0)
+        assert float(context.memory["sum/feddyn/w"]) == 2.0 - 0.5 * (4.0 - 1.0)
 
     def test_nothing_was_trained_and_nothing_is_learnt_of_the_gradient(self) -> None:
         local, context = self.local({"scaffold": True, "feddyn_alpha": 1.0, "fednova": True}, scaffold_w=2.0)
         result = local.result({"w": np.array(1.0)}, 7)
         assert (float(result.extra["c/w"]), result.metrics) == (0.0, {"a_norm": 0.0})
-        assert float(context.memory["scaffold/w"]) == 2.0
-        assert "feddyn/w" not in context.memory
+        assert float(context.memory["sum/scaffold/w"]) == 2.0
+        assert "sum/feddyn/w" not in context.memory
 
     def test_what_has_no_gradient_has_no_control_variate(self) -> None:
         parameters = {
@@ -256,12 +256,12 @@ class TestClient:
         self.corrected(local, 5.0, 3.0, lr=0.0)
         result = local.result({"w": np.array(1.0)}, 7)
         assert (float(result.extra["c/w"]), result.metrics) == (0.0, {"a_norm": 0.0})
-        assert float(context.memory["scaffold/w"]) == 2.0
+        assert float(context.memory["sum/scaffold/w"]) == 2.0
 
     @pytest.mark.parametrize("config", [{"proximal_mu": 0.5}, {"feddyn_alpha": 0.5}, {"scaffold": True}])
     def test_what_the_client_keeps_to_itself_is_trained_plainly(self, config: Config) -> None:
         context = ClientContext(client_id="c", is_personal=lambda name: name == "w")
-        context.memory |= {"scaffold/w": np.array(2.0), "feddyn/w": np.array(3.0)}
+        context.memory |= {"sum/scaffold/w": np.array(2.0), "sum/feddyn/w": np.array(3.0)}
         before = dict(context.memory)
         local = LocalTraining({"w": np.array(1.0)}, config, context)
         assert self.corrected(local, 5.0, 3.0) == 5.0
@@ -276,8 +276,8 @@ class TestClient:
         before = dict(context.memory)
         self.corrected(local, 5.0, 3.0)
         local.result({"w": np.array(0.0)}, 1)
-        assert (float(before["scaffold/w"]), float(before["feddyn/w"])) == (2.0, 1.0)
-        assert float(context.memory["scaffold/w"]) != 2.0
+        assert (float(before["sum/scaffold/w"]), float(before["sum/feddyn/w"])) == (2.0, 1.0)
+        assert float(context.memory["sum/scaffold/w"]) != 2.0
 
     @pytest.mark.parametrize(("momentum", "proximal"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.03)])
     def test_steps_are_counted_as_the_paper_says(self, momentum: float, proximal: float) -> None:

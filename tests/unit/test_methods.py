@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fedbus.app import App
+from fedbus.client.memory import ClientMemory
 from fedbus.config import RoundConfig
+from fedbus.errors import AggregateRefused, UpdateRefused
 from fedbus.server.history import History
-from fedbus.strategies.base import Strategy
+from fedbus.simulation.virtual import simulate
+from fedbus.simulation.virtual_time import VirtualTime
+from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.strategies.feddyn import FedDyn
 from fedbus.strategies.fednova import FedNova
@@ -20,7 +27,7 @@ from fedbus.training.base import Client, ClientContext
 from fedbus.training.local import LocalTraining
 from fedbus.training.torch import LocalTraining as TorchTraining
 from fedbus.training.torch import batch_norm_names, get_parameters, set_parameters
-from fedbus.types import Config, EvaluateResult, FitResult, Tensors
+from fedbus.types import Array, Config, EvaluateResult, FitResult, Tensors
 from fedbus.wire.transfer import Outgoing
 from tests.kit import QUICK, federation
 
@@ -81,6 +88,81 @@ async def test_over_the_bus_feddyn_finds_the_optimum() -> None:
 async def test_over_the_bus_fednova_is_told_how_far_steps_lead() -> None:
     _, history = await trained(FedNova(), 1, steps=7)
     assert [update.metrics["a_norm"] for update in history.rounds[0].folded] == [7.0, 7.0]
+
+
+class Many(Client):
+    """One of ten quadratics with steps of 0.05."""
+
+    def __init__(self, context: ClientContext) -> None:
+        self.context = context
+
+    def fit(self, parameters: Tensors, config: Config) -> FitResult:
+        local = LocalTraining(parameters, config, self.context)
+        weights = {"w": parameters["w"].copy()}
+        for _ in local.batches(range(3)):
+            gradients = {"w": (1 + self.context.partition % 5) * (weights["w"] - self.context.partition)}
+            local.correct(gradients, weights, 0.05)
+            weights["w"] -= 0.05 * gradients["w"]
+        return local.result(weights, 1)
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        RoundConfig.buffered(3, num_rounds=34, max_staleness=2, min_available_clients=10),
+        RoundConfig.semi_synchronous(
+            4, over_selection=2.0, num_rounds=29, max_staleness=0, min_available_clients=10, fraction_evaluate=0
+        ),
+    ],
+    ids=["buffered", "semi-synchronous"],
+)
+@pytest.mark.parametrize(
+    ("strategy", "ours", "theirs"),
+    [(Scaffold(num_clients=10), "c/w", "sum/scaffold/w"), (FedDyn(2.0, num_clients=10), "h/w", "sum/feddyn/w")],
+    ids=["SCAFFOLD", "FedDyn"],
+)
+def test_what_server_and_clients_remember_belongs_together_whoever_is_late_refused_or_vanishes(
+    strategy: Strategy, ours: str, theirs: str, rounds: RoundConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """c is the mean of all c_i, and h that of all g_k: a part that one side had lost would stay wrong for ever."""
+    memories: list[ClientMemory] = []
+    servers: list[Tensors] = []
+    fits: list[str] = []
+
+    def made(folder: Path | None = None) -> ClientMemory:
+        memories.append(ClientMemory(folder))
+        return memories[-1]
+
+    class Watched(type(strategy)):  # type: ignore[misc]
+        def verify(self, update: ClientUpdate) -> None:
+            if zlib.crc32(update.task_id.encode()) % 4 == 0:
+                raise UpdateRefused("a quarter of all")
+
+        def finish(self, state: Any, model: Tensors) -> dict[str, Array]:
+            moved: dict[str, Array] = super().finish(state, model)
+            if self.round.number % 5 == 0:
+                raise AggregateRefused("every fifth")
+            servers.append(dict(self.memory))
+            return moved
+
+    class Counted(Many):
+        def fit(self, parameters: Tensors, config: Config) -> FitResult:
+            fits.append(self.context.client_id)
+            return super().fit(parameters, config)
+
+    monkeypatch.setattr("fedbus.simulation.virtual_client.ClientMemory", made)
+    strategy = copy.copy(strategy)
+    strategy.__class__ = Watched
+    app = App(client_fn=Counted, strategy=strategy, initial_parameters={"w": np.zeros(1)}, rounds=rounds)
+    weather = VirtualTime(
+        fit_s=1, speeds="lognormal:0.5:0.5", dropout=0.3, downtime_s=2, bandwidth="40:20", availability="6:2"
+    )
+    history = simulate(app, num_clients=10, virtual=weather)
+    assert len(fits) > history.updates + 30, "many were in vain"
+    told = [float(memory.before().get(theirs, np.zeros(1))[0]) for memory in memories]
+    assert len(told) == 10
+    assert np.abs(told).max() > 0.1
+    np.testing.assert_allclose(servers[-1][ours], np.mean(told), atol=1e-9)
 
 
 # ---- personal layers -------------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ def context_with(**tensors: float) -> ClientContext:
     for name, start in START.items():
         for kept, number in tensors.items():
             place: Any = context.broadcast if kept == "c" else context.memory
-            place[f"{kept}/{name}"] = np.full(start.shape, number, np.float32)
+            place[f"{kept}/{name}" if kept in ("c", "ditto") else f"sum/{kept}/{name}"] = np.full(
+                start.shape, number, np.float32
+            )
     return context
 
 
@@ -122,14 +124,14 @@ class TestLocalTraining:
         optimizer.step()
         local.result(3)
         for name, gradient in gradients_of(START).items():  # c_i+ of one step is the gradient
-            np.testing.assert_allclose(context.memory[f"scaffold/{name}"], gradient, rtol=1e-4)
+            np.testing.assert_allclose(context.memory[f"sum/scaffold/{name}"], gradient, rtol=1e-4)
 
     def test_a_parameter_that_rests_is_not_counted_and_buffers_are_not_corrected(self) -> None:
         net = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         start = get_parameters(net)
         context = ClientContext(client_id="c")
-        context.memory["scaffold/0.weight"] = np.ones((1, 2), np.float32)
+        context.memory["sum/scaffold/0.weight"] = np.ones((1, 2), np.float32)
         context.broadcast = {"c/0.weight": np.full((1, 2), 0.5, np.float32)}
         local = LocalTraining(net, optimizer, start, {"scaffold": True}, context)
         with frozen(net, "0.*"):
