@@ -21,7 +21,7 @@ from fedbus.training.base import (
 )
 from fedbus.training.delta import update_delta
 from fedbus.training.thread import Caller
-from fedbus.types import EXTRA, Array, Config, EvaluateResult, Metrics, Tensors
+from fedbus.types import EXTRA, SUMS, Array, Config, EvaluateResult, Metrics, Tensors
 from fedbus.wire.compression import Codec
 from fedbus.wire.floats import Noise
 from fedbus.wire.messages import FitTask
@@ -34,7 +34,7 @@ PERSONAL: Final = "personal/"
 """Under this prefix the client's memory holds the tensors that it shares with nobody."""
 
 
-RESIDUAL: Final = "residual/"
+RESIDUAL: Final = f"{SUMS}residual/"
 """Under this prefix it holds what a codec has left out so far, tensor by tensor."""
 
 
