@@ -65,6 +65,7 @@ class Board:
         self._round = 0
         self._opened: o.RoundOpened | None = None
         self._folded = 0
+        self._aggregated = 0.0  # share of a `finish` that takes long
         self._needed = 0
         self._clients: OrderedDict[str, _ClientRow] = OrderedDict()
         self._rounds: OrderedDict[int, _RoundRow] = OrderedDict()
@@ -125,6 +126,8 @@ class Board:
                 | o.UserShutOut()
             ):
                 self.announce(sentence(event), "red")
+            case o.AggregationProgressed():
+                self._aggregated = event.share
             case o.RoundClosed():
                 self._close(event)
             case o.Evaluated():
@@ -155,7 +158,7 @@ class Board:
         return self._clients.setdefault(client_id, _ClientRow())
 
     def _open(self, event: o.RoundOpened) -> None:
-        self._opened, self._round, self._folded = event, event.round, 0
+        self._opened, self._round, self._folded, self._aggregated = event, event.round, 0, 0.0
         for row in self._clients.values():
             if row.state == "training":
                 row.state = "training" if self._run is not None and self._run.is_asynchronous else "late"
@@ -203,7 +206,8 @@ class Board:
             return "finished" if self._end.finished else "ended early"
         if not self._round or self._opened is None:
             return f"waiting for {self._needed} more clients" if self._needed else "starting"
-        return f"round {self._round}/{total}: {self._folded} of {self._opened.min_fit_clients} updates"
+        aggregated = f", {self._aggregated:.0%} aggregated" if self._aggregated else ""
+        return f"round {self._round}/{total}: {self._folded} of {self._opened.min_fit_clients} updates{aggregated}"
 
     def _client_table(self, *, with_notes: bool) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import fedbus.server.runtime
 from fedbus.client.memory import ClientMemory
 from fedbus.errors import AggregateRefused, ConfigError, UpdateRefused
 from fedbus.observe import events as o
+from fedbus.observe.progress import Board
 from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.tensorfile import save_model
 from fedbus.training.base import Client, ClientContext
@@ -248,6 +252,15 @@ async def test_a_long_aggregation_tells_how_far_it_is(monkeypatch: pytest.Monkey
         await story.run("c1", "c2")
         told = [(event.round, event.share) for event in story.told(o.AggregationProgressed)]
     assert told == [(1, 0.25), (1, 0.5), (1, 0.75), (1, 1.0)]
+    board, console = Board(), Console(width=160, record=True, file=io.StringIO())
+    for event in itertools.takewhile(lambda event: not _is_half_done(event), story.events):
+        board.observe(event)
+    console.print(board)
+    assert "round 1/1: 2 of 2 updates, 25% aggregated" in console.export_text()
+
+
+def _is_half_done(event: object) -> bool:
+    return isinstance(event, o.AggregationProgressed) and event.share > 0.25
 
 
 # ---- the client's memory ---------------------------------------------------------------------------------------------
