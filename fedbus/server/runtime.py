@@ -833,7 +833,10 @@ class Server:
             await self._carry_out_all(commands)
 
     async def _carry_out_all(self, commands: list[c.Command]) -> None:
-        """What the clients wait for goes first; acknowledgements and receipts can wait for it, and the end for all."""
+        """What the clients wait for goes first; acknowledgements and receipts can wait for it, and the end for all.
+
+        Refusals cannot: the next task of their client must not find what it remembers of a fit that does not count.
+        """
         tasks = [command for command in commands if isinstance(command, c.SendFitTask)]
         if tasks:  # before it is sent: its update must be known for what it is, whoever serves the run then
             self._ledger.note_tasks((task.task_id, task.client_id, task.round, task.version) for task in tasks)
@@ -843,7 +846,7 @@ class Server:
         for command in commands:
             if isinstance(command, c.SendFitTask):
                 await self._send_fit_task(command, with_task.pop(command.client_id, None))
-            elif isinstance(command, c.Settle | c.EndRun):
+            elif isinstance(command, c.EndRun) or (isinstance(command, c.Settle) and not _is_refused(command)):
                 later.append(command)
             else:
                 await self._carry_out(command)
@@ -1677,6 +1680,10 @@ def _without_loss(metrics: Metrics) -> Metrics:
 
 def _is_committed(command: c.Settle) -> bool:
     return command.outcome is Outcome.COMMITTED
+
+
+def _is_refused(command: c.Settle) -> bool:
+    return command.outcome is Outcome.REFUSED
 
 
 def _frozen(model: dict[str, Array]) -> dict[str, Array]:

@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 import fedbus.server.runtime
+from fedbus.bus.base import Delivery
 from fedbus.client.memory import ClientMemory
+from fedbus.client.runtime import ClientRuntime
 from fedbus.errors import AggregateRefused, ConfigError, UpdateRefused
 from fedbus.observe import events as o
 from fedbus.observe.progress import Board
@@ -21,6 +23,7 @@ from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.tensorfile import save_model
 from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, EvaluateResult, ExtraSpec, FitResult, Tensors
+from fedbus.wire import messages as m
 from tests.kit import app_of, federation
 
 _W = np.float32
@@ -127,6 +130,29 @@ async def test_an_aggregate_that_is_refused_leaves_model_and_memory_as_they_were
     before = {(r.round, u.client_id): u.metrics["before"] for r in history.rounds for u in r.folded}
     assert before[2, "c1"] == before[2, "c2"] == 0, "nor do the clients remember it"
     assert [record.reason for record in history.rounds] == ["discarded", "min_fit_clients", "min_fit_clients"]
+
+
+async def test_a_refusal_comes_before_the_next_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else training may have begun with what the refused fit left: the model is at hand where none was made."""
+    came: list[tuple[str, int]] = []
+    take_task, take = ClientRuntime._take_task, ClientRuntime._take
+
+    def note_task(self: ClientRuntime, task: m.Task, delivery: Delivery) -> None:
+        if isinstance(task, m.FitTask):
+            came.append(("task", task.round))
+        take_task(self, task, delivery)
+
+    def note(self: ClientRuntime, message: m.Message) -> None:
+        if isinstance(message, m.Refusal):
+            came.append(("refusal", int(message.task_id.split("/")[2])))
+        take(self, message)
+
+    monkeypatch.setattr(ClientRuntime, "_take_task", note_task)
+    monkeypatch.setattr(ClientRuntime, "_take", note)
+    one_alone = {"min_fit_clients": 1, "num_rounds": 2}
+    async with federation(app(stepping({("c1", 1): 2000.0}), rounds=one_alone)) as story:
+        await story.run("c1")
+    assert came == [("task", 1), ("refusal", 1), ("task", 2)]
 
 
 async def test_what_a_strategy_refuses_does_not_count_and_leaves_no_trace_at_its_client() -> None:
