@@ -23,6 +23,7 @@ from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError, RunFailed
 from fedbus.observe import events as o
 from fedbus.server.runtime import Server
+from fedbus.strategies.metrics import weighted_mean
 
 _GATHER_S = 6.5
 """Clients without a server ask for one every 6 s, or more often: by now all have."""
@@ -188,7 +189,7 @@ class QuerySession:
 
 
 def _as_query(app: App, strategy: QueryStrategy, inquiry: Inquiry, timeout_s: float) -> App:
-    """An app with the same clients and queues, whose rounds wait for all who are there."""
+    """An app with the same clients and queues, whose rounds wait for all who are there; nothing is evaluated."""
     if not (math.isfinite(timeout_s) and timeout_s > 0):
         raise ConfigError(f"timeout_s must be a positive number of seconds, not {timeout_s}")
     rounds = RoundConfig(
@@ -207,6 +208,8 @@ def _as_query(app: App, strategy: QueryStrategy, inquiry: Inquiry, timeout_s: fl
         rounds=rounds,
         initial_parameters=inquiry.question.tensors(),
         evaluate_fn=None,
+        after_evaluation=(),
+        aggregate_fit_metrics=weighted_mean,
         fit_config={},
         evaluate_config={},
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedbus.after_evaluation import EarlyStopping
 from fedbus.analytics.inquiry import Inquiry
 from fedbus.analytics.local import answer
 from fedbus.analytics.result import QueryResult
@@ -74,6 +75,21 @@ async def test_a_query_finds_what_numpy_finds_in_the_pooled_data() -> None:
         assert dict(old.top.values) == {True: int((POOLED > 50).sum()), False: int((POOLED <= 50).sum())}
         assert result.rounds <= 67
         assert not any(client.done() for client in clients)  # they stay for the next server
+
+
+async def test_what_an_app_does_with_evaluations_and_metrics_is_nothing_to_a_query() -> None:
+    """There are none: what waits for them would be refused, what looks at them would raise in each round."""
+    settings: dict[str, Any] = {
+        "evaluate_fn": lambda round, model: (0.0, {}),
+        "after_evaluation": [EarlyStopping("loss", where="central")],
+        "aggregate_fit_metrics": lambda reports: {"n": sum(metrics["n"] for _, metrics in reports)},
+    }
+    async with federation(hospitals(**settings)) as story:
+        for name in DATA:
+            story.start_client(name)
+        result = await ended(story, session(story, Mean("age")))
+        assert result["age"].mean == pytest.approx(POOLED.mean(), rel=1e-14)
+        assert story.told(o.MetricsFailed) == []
 
 
 async def test_the_same_clients_answer_a_query_train_and_answer_another() -> None:
