@@ -76,7 +76,10 @@ class ClientMemory:
         return others[-1] if others else self._settled
 
     def keep(self, task_id: str, tensors: Tensors) -> None:
-        """Note what the fit for `task_id` left, until it is settled; on disk, durably: not on the event loop then."""
+        """Note what the fit for `task_id` left, until it is settled; on disk, durably: not on the event loop then.
+
+        Nothing stays of one that is discarded while it is written, or cannot be written.
+        """
         self._forget(task_id)
         newest = self._newest(but=task_id)
         if not tensors and not newest:
@@ -85,11 +88,19 @@ class ClientMemory:
         if begun == task_id:
             tensors = _rebased(tensors, base, newest)
         self._number += 1
-        self._open[task_id] = self._number, dict(tensors)
-        if self._folder is not None:
-            with _using(self._folder):
-                metadata = {"run_id": self._run_id, "task_id": task_id}
-                save_model(self._folder / f"{self._number}{_SUFFIX}", tensors, metadata)
+        number = self._number
+        self._open[task_id] = number, dict(tensors)
+        if self._folder is None:
+            return
+        file = self._folder / f"{number}{_SUFFIX}"
+        with _using(self._folder):
+            try:
+                save_model(file, tensors, {"run_id": self._run_id, "task_id": task_id})
+            except BaseException:
+                self._forget(task_id)
+                raise
+            if self._open.get(task_id, (0, {}))[0] != number:
+                file.unlink(missing_ok=True)
 
     def settle(self, task_id: str) -> None:
         """The server counts this fit: what it left is what there is, and older ones have no more to say."""

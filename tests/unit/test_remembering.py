@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import itertools
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import fedbus.client.memory
 import fedbus.server.runtime
 from fedbus.bus.base import Delivery
 from fedbus.client.memory import ClientMemory
@@ -385,6 +387,37 @@ def test_a_process_that_died_goes_on_with_what_was_on_disk(tmp_path: Path) -> No
     assert value_of(third.before()) == 3
     third.begin_run("another")
     assert value_of(ClientMemory(tmp_path).before()) is None
+
+
+def test_nothing_stays_of_a_fit_that_cannot_be_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = ClientMemory(tmp_path)
+    memory.begin_run("r")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedbus.client.memory, "save_model", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            memory.keep("1", tensors(1))
+    assert value_of(memory.before("2")) is None, "its task has failed"
+
+
+def test_nothing_stays_of_a_fit_that_is_discarded_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large memory takes the disk a while, in a thread; the server's word to stop may come meanwhile."""
+    memory = ClientMemory(tmp_path)
+    memory.begin_run("r")
+
+    def slow(*args: Any) -> None:
+        memory.discard("1")
+        save_model(*args)
+
+    monkeypatch.setattr(fedbus.client.memory, "save_model", slow)
+    memory.keep("1", tensors(1))
+    assert value_of(memory.before("2")) is None
+    assert value_of(ClientMemory(tmp_path).before("2")) is None, "nor does the next process find it"
 
 
 def test_a_state_folder_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
