@@ -20,6 +20,7 @@ from fedbus.bus.base import Bus
 from fedbus.bus.memory import MemoryBroker, MemoryBus
 from fedbus.bus.supervised import LinkState, SupervisedBus, no_observer
 from fedbus.bus.topology import DEAD, UPDATES
+from fedbus.client.memory import ClientMemory
 from fedbus.client.runtime import ClientRuntime
 from fedbus.config import RoundConfig
 from fedbus.observe import events as o
@@ -268,10 +269,12 @@ class Federation:
         """Start another server on the run of the last one."""
         return self.start_server(resume=True, **options)
 
-    def start_client(self, client_id: str, app: App | None = None) -> asyncio.Task[RunEnded | None]:
+    def start_client(
+        self, client_id: str, app: App | None = None, *, memory: ClientMemory | None = None
+    ) -> asyncio.Task[RunEnded | None]:
         self.buses[client_id] = self.connect(client_id)
         self.clients[client_id] = ClientRuntime(
-            app or self.app, self.buses[client_id], client_id=client_id, observers=[self.observe]
+            app or self.app, self.buses[client_id], client_id=client_id, observers=[self.observe], memory=memory
         )
         return self._start(self.clients[client_id].run())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +39,7 @@ class ClientMemory:
         self._run_id = ""
         self._settled: Tensors = {}
         self._open: OrderedDict[str, tuple[int, Tensors]] = OrderedDict()  # task_id -> (number, what it left)
-        self._begun: tuple[str, Tensors] = "", {}  # the newest task, and what its fit began with
+        self._begun: tuple[tuple[str, ...], Tensors] = (), {}  # what `before` was asked last, and what it said
         self._number = 0
         if folder is not None:
             with _using(folder):
@@ -64,15 +64,16 @@ class ClientMemory:
             with _using(self._folder):
                 (self._folder / _SETTLED).unlink(missing_ok=True)
 
-    def before(self, task_id: str = "") -> dict[str, Array]:
-        """What a fit for `task_id` begins with: what the last one left, but for an earlier attempt at the same task."""
-        newest = self._newest(but=task_id)
-        if task_id:
-            self._begun = task_id, newest
+    def before(self, *unanswered: str) -> dict[str, Array]:
+        """What a fit begins with: what the last one left, but for attempts at tasks whose answer never went out, by
+        their ids; that of the fit itself is the first of them."""
+        newest = self._newest(but=unanswered)
+        if unanswered:
+            self._begun = unanswered, newest
         return dict(newest)
 
-    def _newest(self, *, but: str) -> Tensors:
-        others = [tensors for other, (_, tensors) in self._open.items() if other != but]
+    def _newest(self, *, but: Collection[str]) -> Tensors:
+        others = [tensors for task_id, (_, tensors) in list(self._open.items()) if task_id not in but]
         return others[-1] if others else self._settled
 
     def keep(self, task_id: str, tensors: Tensors) -> None:
@@ -81,11 +82,12 @@ class ClientMemory:
         Nothing stays of one that is discarded while it is written, or cannot be written.
         """
         self._forget(task_id)
-        newest = self._newest(but=task_id)
+        unanswered, base = self._begun
+        has_begun = unanswered[:1] == (task_id,)
+        newest = self._newest(but=unanswered if has_begun else (task_id,))
         if not tensors and not newest:
             return
-        begun, base = self._begun
-        if begun == task_id:
+        if has_begun:
             tensors = _rebased(tensors, base, newest)
         self._number += 1
         number = self._number
@@ -118,7 +120,7 @@ class ClientMemory:
         if task_id in self._open:
             earlier: Tensors = self._settled
             number, left = self._open[task_id]
-            for other, (its_number, tensors) in self._open.items():
+            for other, (its_number, tensors) in list(self._open.items()):
                 if its_number < number:
                     earlier = tensors
                 elif its_number > number:

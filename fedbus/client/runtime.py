@@ -480,7 +480,9 @@ class ClientRuntime:
         elif task.task_id in self._ended_tasks and not isinstance(task, m.ParametersTask):
             if self._ended_tasks[task.task_id]:
                 await self._report_failure(task.task_id, self._ended_tasks[task.task_id])
-        elif not (isinstance(task, m.FitTask) and task.round < self._newest_fit):  # else of a round long closed
+        elif isinstance(task, m.FitTask) and task.round < self._newest_fit:  # of a round long closed
+            self._memory.discard(task.task_id)
+        else:
             await self._answer(task)
             if isinstance(task, m.FitTask) and task.run_id == self._run_id:  # another server may have come meanwhile
                 self._newest_fit = max(self._newest_fit, task.round)
@@ -572,7 +574,7 @@ class ClientRuntime:
             model = await self._model_of(task)
             if not self._is_wanted(task):
                 return
-            trained = await self._code.answer(task, model, self._remembered(task, but=task.task_id))
+            trained = await self._code.answer(task, model, self._remembered(task))
             del model
         finally:
             still_here.cancel()
@@ -583,15 +585,17 @@ class ClientRuntime:
         else:
             self._memory.discard(task.task_id)
 
-    def _remembered(self, task: m.FitTask | m.EvaluateTask, *, but: str = "") -> Tensors:
-        """What the client remembers of the task's run, but for an earlier attempt at a task.
+    def _remembered(self, task: m.FitTask | m.EvaluateTask) -> Tensors:
+        """What the client remembers of the task's run, but for earlier attempts at tasks that are here: a process that
+        died before it had sent an update finds its task again, and what the fit left.
 
         A query neither knows nor changes it: one between two servers of a run must cost the run nothing.
         """
         if isinstance(task, m.FitTask) and task.purpose == "query":
             return {}
         self._memory.begin_run(task.run_id)
-        return self._memory.before(but)
+        waiting = [pending.task.task_id for pending in self._pending if self._outbox.get(pending.task.task_id) is None]
+        return self._memory.before(task.task_id, *waiting)
 
     async def _remember(self, task: m.FitTask, trained: Trained) -> None:
         """Before it is sent: its receipt may come at any time from then on."""

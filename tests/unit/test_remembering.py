@@ -17,10 +17,13 @@ import fedbus.client.memory
 import fedbus.server.runtime
 from fedbus.bus.base import Delivery
 from fedbus.client.memory import ClientMemory
+from fedbus.client.outbox import Entry
 from fedbus.client.runtime import ClientRuntime
+from fedbus.client.tasks import round_of
 from fedbus.errors import AggregateRefused, ConfigError, UpdateRefused
 from fedbus.observe import events as o
 from fedbus.observe.progress import Board
+from fedbus.rounds import commands as c
 from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.tensorfile import save_model
 from fedbus.training.base import Client, ClientContext
@@ -169,6 +172,38 @@ async def test_what_a_strategy_refuses_does_not_count_and_leaves_no_trace_at_its
     assert history.rounds[0].refused == {"c1": "it is negative"}
     before = {(r.round, u.client_id): u.metrics["before"] for r in history.rounds for u in r.folded}
     assert before == {(1, "c2"): 0, (2, "c1"): 0, (2, "c2"): 1, (3, "c1"): 1, (3, "c2"): 2}
+
+
+async def test_an_update_that_never_went_out_leaves_no_trace_at_its_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """c1 is killed in the middle of its first upload; when it is back, it finds that task again, and a newer one."""
+    send, uploading, c1_is_back = Entry.send, asyncio.Event(), asyncio.Event()
+
+    async def send_with_breaks(self: Entry, *args: Any) -> None:
+        if self.client_id == "c1" and not uploading.is_set():
+            uploading.set()
+            await asyncio.Event().wait()
+        if self.client_id == "c2" and round_of(self.task) == 2:
+            await c1_is_back.wait()
+        await send(self, *args)
+
+    monkeypatch.setattr(Entry, "send", send_with_breaks)
+    rounds = {"num_rounds": 3, "min_fit_clients": 1, "min_available_clients": 2, "fraction_fit": 1.0, "lease_s": 0.5}
+    async with federation(app(rounds=rounds | {"grace_s": float("inf")})) as story:
+        serving = story.start_server()
+        story.start_client("c2")
+        c1 = story.start_client("c1", memory=ClientMemory(tmp_path))
+        await uploading.wait()
+        await story.kill("c1", c1)
+        await story.until(c.RoundOpened, round=2)
+        story.start_client("c1", memory=ClientMemory(tmp_path))
+        await story.until(o.UpdateFolded, client_id="c1", round=2)
+        c1_is_back.set()
+        history = await serving
+    folded = [(r.round, u) for r in history.rounds for u in r.folded if u.client_id == "c1"]
+    before = {number: update.metrics["before"] for number, update in folded}
+    assert before == {2: 0, 3: 1}
 
 
 @pytest.mark.parametrize(
