@@ -56,6 +56,7 @@ class FedNova(WeightedStrategy):
         return {"fednova": True}
 
     def verify(self, update: ClientUpdate) -> None:
+        super().verify(update)
         norm = reported(update.metrics, METRIC)
         if norm is None or not 0 < norm <= MAX_NORM:
             raise UpdateRefused(

@@ -65,6 +65,7 @@ class QFedAvg(WeightedStrategy):
         return [f"q={self.q}", f"client_learning_rate={self.client_learning_rate}", *super()._settings()]
 
     def verify(self, update: ClientUpdate) -> None:
+        super().verify(update)
         loss = reported(update.metrics, METRIC)
         if loss is None or not 0 <= loss <= MAX_PULL ** (1 / max(self.q, 1)):
             raise UpdateRefused(f"QFedAvg needs the metric {METRIC!r}: what the received model lost before training")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
-from fedbus.errors import ClientCodeError, ConfigError
+from fedbus.errors import ClientCodeError, ConfigError, UpdateRefused
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.optimizers import SGD, ServerOptimizer
 from fedbus.strategies.step import StepStrategy
@@ -36,6 +36,16 @@ class WeightedStrategy(StepStrategy):
         weighting = self.weighting if isinstance(self.weighting, str) else _name_of(self.weighting)
         settings = [] if weighting == self.usual_weighting else [f"weighting={weighting}"]
         return settings if self.optimizer == SGD() else [*settings, f"optimizer={self.optimizer}"]
+
+    def verify(self, update: ClientUpdate) -> None:
+        """Refuse what a function cannot weigh: nan as one client's metric must not end the run."""
+        if callable(self.weighting):
+            try:
+                self.weight_of(update)
+            except ClientCodeError as exc:
+                raise UpdateRefused(str(exc)) from exc
+            except Exception as exc:  # the user's own code
+                raise UpdateRefused(f"weighting raised {type(exc).__name__}: {exc}") from exc
 
     def weight_of(self, update: ClientUpdate) -> float:
         """What `update` weighs, before its discount. Raises `ClientCodeError` for what cannot be a weight."""

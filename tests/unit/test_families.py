@@ -16,9 +16,11 @@ from fedbus.strategies.base import ClientUpdate, Strategy
 from fedbus.strategies.fedavg import FedAvg
 from fedbus.strategies.fednova import FedNova, a_norm
 from fedbus.strategies.fedopt import FedAdagrad, FedAdam, FedAvgM, FedOpt, FedYogi
+from fedbus.strategies.geometric import GeometricMedian
 from fedbus.strategies.norms import squared_norm
 from fedbus.strategies.optimizers import SGD, Momentum
 from fedbus.strategies.qfedavg import QFedAvg
+from fedbus.strategies.scaffold import Scaffold
 from fedbus.types import Array, Scalar, Tensors
 
 
@@ -86,6 +88,17 @@ def test_a_weight_that_is_none_is_told_with_its_client(weight: Any) -> None:
     with pytest.raises(ClientCodeError) as refused:
         path(FedAvg(weighting=lambda _: weight), [update(1.0, client="hospital-a")])
     assert str(refused.value) == f"weighting gave {weight!r} for client hospital-a: return a number from 0 to 2**64"
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedNova, QFedAvg, GeometricMedian, Scaffold])
+def test_what_a_function_cannot_weigh_is_refused_and_the_run_goes_on(strategy: Any) -> None:
+    weighted = strategy(weighting=lambda update: update.metrics["quality"])
+    metrics: dict[str, Scalar] = {"a_norm": 1.0, "loss": 1.0}
+    weighted.verify(told(metrics | {"quality": 2.0}, 1.0))
+    with pytest.raises(UpdateRefused, match="weighting gave nan for client"):
+        weighted.verify(told(metrics | {"quality": math.nan}, 1.0))
+    with pytest.raises(UpdateRefused, match="weighting raised KeyError: 'quality'"):
+        weighted.verify(told(metrics, 1.0))
 
 
 def test_a_weighting_that_is_none_is_refused() -> None:
