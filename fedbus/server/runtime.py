@@ -116,6 +116,8 @@ _ROUNDS_IN_MEMORY = 32
 """Where there is a run folder; all others are read from the ledger when they are needed."""
 _SMALL_BYTES = 4 << 20
 """Models up to here are folded and checked on the event loop, in a few milliseconds."""
+_FEW_TENSORS = 500
+"""Unless they have more than this: each takes some ten microseconds, however small it is."""
 _NOTES_EVERY_S = 0.2
 _PROGRESS_EVERY_S = 0.5
 _STATUS_S = 10.0
@@ -1091,9 +1093,14 @@ class Server:
                 return
         self._events.put(e.ClientLost(client_id=client_id, reason="its inbox is out of reach"))
 
+    @property
+    def _is_small(self) -> bool:
+        """Whether the model is nothing for a thread."""
+        return self._model_bytes <= _SMALL_BYTES and len(self._model or ()) <= _FEW_TENSORS
+
     async def _aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call into the strategy, in a thread where it may take long: a thread costs more than a small model's sums."""
-        if self._strategy.is_quick and self._model_bytes <= _SMALL_BYTES:
+        if self._strategy.is_quick and self._is_small:
             return _call_strategy(function, *args)
         return await asyncio.to_thread(_call_strategy, function, *args)
 
@@ -1347,7 +1354,7 @@ class Server:
 
     async def _check_finite(self, tensors: dict[str, Array]) -> None:
         """Finite updates can add up to more than the dtype holds."""
-        if self._model_bytes <= _SMALL_BYTES:
+        if self._is_small:
             check_finite(tensors)
         else:
             await asyncio.to_thread(check_finite, tensors)

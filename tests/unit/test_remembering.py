@@ -6,6 +6,7 @@ import asyncio
 import errno
 import io
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedbus.observe import events as o
 from fedbus.observe.progress import Board
 from fedbus.rounds import commands as c
 from fedbus.strategies.base import ClientUpdate, Strategy
+from fedbus.strategies.fedavg import FedAvg
 from fedbus.tensorfile import save_model
 from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, EvaluateResult, ExtraSpec, FitResult, Tensors
@@ -286,6 +288,25 @@ async def test_clients_stay_for_another_run_and_begin_it_with_nothing_in_mind() 
     assert history.run_id == "second"
     assert [end.run_id for end in ended if end is not None] == ["second", "second"]
     assert {update.metrics["before"] for update in history.rounds[0].folded} == {0.0}
+
+
+@pytest.mark.parametrize(("tensors", "is_aside"), [(500, False), (501, True)])
+async def test_a_model_of_many_tensors_is_nothing_for_the_event_loop(tensors: int, is_aside: bool) -> None:
+    """Each takes its time, however small it is."""
+    threads = []
+
+    class Quick(FedAvg):
+        is_quick = True
+
+        def fold(self, state: Any, update: ClientUpdate) -> None:
+            threads.append(threading.current_thread())
+            super().fold(state, update)
+
+    model = {str(number): np.zeros(1, _W) for number in range(tensors)}
+    rounds = {"num_rounds": 1, "min_fit_clients": 1, "fraction_evaluate": 0}
+    async with federation(app_of(strategy=Quick(), initial_parameters=model, rounds=rounds)) as story:
+        await story.run("c1")
+    assert [thread is not threading.main_thread() for thread in threads] == [is_aside]
 
 
 async def test_virtual_clients_on_workers_cannot_remember() -> None:
