@@ -1313,6 +1313,7 @@ class Server:
             model = await self._aside(self._strategy.finish, state, self._model)
             del state
             _check_same_kind(self._strategy, self._model, model)
+            _check_memory(self._strategy)
             await self._check_finite(model)
             await self._check_finite(self._strategy.memory)
         except (AggregateRefused, UpdateRefused) as exc:
@@ -1746,6 +1747,16 @@ def _check_same_kind(strategy: Strategy, old: dict[str, Array], new: Any) -> Non
     if kind(old) != kind(new):
         what = "names, order or dtypes" if strategy.may_resize else "names, order, shapes or dtypes"
         raise RunFailed(f"{name}.finish changed {what} of the model")
+
+
+def _check_memory(strategy: Strategy) -> None:
+    kept: Mapping[str, object] = strategy.memory
+    for key, value in kept.items():
+        if not isinstance(value, np.ndarray):
+            name = type(strategy).__name__
+            raise RunFailed(
+                f"{name}.finish left memory[{key!r}] = {type(value).__name__}: only arrays can be kept there"
+            )
 
 
 def _describe(exc: BaseException) -> str:

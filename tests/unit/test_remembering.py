@@ -21,7 +21,7 @@ from fedbus.client.memory import ClientMemory
 from fedbus.client.outbox import Entry
 from fedbus.client.runtime import ClientRuntime
 from fedbus.client.tasks import round_of
-from fedbus.errors import AggregateRefused, ConfigError, UpdateRefused
+from fedbus.errors import AggregateRefused, ConfigError, RunFailed, UpdateRefused
 from fedbus.observe import events as o
 from fedbus.observe.progress import Board
 from fedbus.rounds import commands as c
@@ -288,6 +288,19 @@ async def test_clients_stay_for_another_run_and_begin_it_with_nothing_in_mind() 
     assert history.run_id == "second"
     assert [end.run_id for end in ended if end is not None] == ["second", "second"]
     assert {update.metrics["before"] for update in history.rounds[0].folded} == {0.0}
+
+
+async def test_what_is_no_array_cannot_be_remembered() -> None:
+    class Counting(Sums):
+        def finish(self, state: dict[str, Array], model: Tensors) -> dict[str, Array]:
+            self.memory["rounds"] = 1.0  # type: ignore[assignment]
+            return super().finish(state, model)
+
+    async with federation(app(strategy=Counting())) as story:
+        with pytest.raises(
+            RunFailed, match=r"Counting\.finish left memory\['rounds'\] = float: only arrays can be kept"
+        ):
+            await story.run("c1", "c2")
 
 
 @pytest.mark.parametrize(("tensors", "is_aside"), [(500, False), (501, True)])
