@@ -372,8 +372,8 @@ class ClientRuntime:
         """Queue it, or, when it is a copy of one that is here, let it bring its newer delivery and place."""
         if task.run_id == self._run_id:  # it may come before the welcome of the server that took the run over
             self._epoch = max(self._epoch, task.epoch)
-            if isinstance(task, m.FitTask) and task.receipt_task_id:
-                self._take_receipt(task.receipt_task_id, task.receipt_round, task.receipt_staleness)
+        if isinstance(task, m.FitTask) and task.receipt_task_id and self._may_be_ours(task.run_id):
+            self._take_receipt(task.receipt_task_id, task.receipt_round, task.receipt_staleness)
         for known in (self._current, *self._pending):
             if known is not None and known.task.task_id == task.task_id:
                 known.merge(task, delivery)
@@ -425,7 +425,7 @@ class ClientRuntime:
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
                 self._welcomed.set()
                 self._check_codecs(message)
-            case m.Receipt() if message.run_id == self._run_id:
+            case m.Receipt() if self._may_be_ours(message.run_id):
                 self._take_receipt(message.task_id, message.round, message.staleness)
             case m.Refusal():
                 self._memory.discard(message.task_id)
@@ -443,6 +443,11 @@ class ClientRuntime:
                 self._over.set()
             case _:
                 pass  # words of a run that is over
+
+    def _may_be_ours(self, run_id: str) -> bool:
+        """Whether a verdict of that run is about what we did: it waits in the inbox for a process that follows one that
+        died, and a task that it finds there, too, need not be done again."""
+        return self._run_id in (None, run_id)
 
     def _check_codecs(self, welcome: m.Welcome) -> None:
         """Better not to take part at all than to fail at each task."""

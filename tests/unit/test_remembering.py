@@ -208,6 +208,35 @@ async def test_an_update_that_never_went_out_leaves_no_trace_at_its_client(
     assert before == {2: 0, 3: 1}
 
 
+async def test_a_receipt_for_a_process_that_died_counts_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """c1 is killed between its upload and its word to the broker that the task is done: it finds that again."""
+    send, uploaded, c1_is_gone = Entry.send, asyncio.Event(), asyncio.Event()
+
+    async def send_with_breaks(self: Entry, *args: Any) -> None:
+        if self.client_id == "c2":
+            await c1_is_gone.wait()
+        await send(self, *args)
+        if self.client_id == "c1" and not uploaded.is_set():
+            uploaded.set()
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(Entry, "send", send_with_breaks)
+    async with federation(app()) as story:
+        serving = story.start_server()
+        story.start_client("c2")
+        c1 = story.start_client("c1", memory=ClientMemory(tmp_path))
+        await uploaded.wait()
+        await story.kill("c1", c1)
+        c1_is_gone.set()
+        await story.until(o.RoundClosed)
+        story.start_client("c1", memory=ClientMemory(tmp_path))
+        history = await serving
+    assert len(story.told(o.TaskStarted, client_id="c1", round=1)) == 1, "it is not done again"
+    assert {u.client_id: u.metrics["before"] for u in history.rounds[1].folded} == {"c1": 1, "c2": 1}
+
+
 @pytest.mark.parametrize(
     ("extra", "reason"),
     [
