@@ -41,6 +41,7 @@ class ClientMemory:
         self._open: OrderedDict[str, tuple[int, Tensors]] = OrderedDict()  # task_id -> (number, what it left)
         self._begun: tuple[tuple[str, ...], Tensors] = (), {}  # what `before` was asked last, and what it said
         self._number = 0
+        self._newest_round = 0
         if folder is not None:
             with _using(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +60,14 @@ class ClientMemory:
             return
         for task_id in list(self._open):
             self._forget(task_id)
-        self._run_id, self._settled = run_id, {}
+        self._run_id, self._settled, self._newest_round = run_id, {}, 0
         if self._folder is not None:
             with _using(self._folder):
                 (self._folder / _SETTLED).unlink(missing_ok=True)
+
+    def newest_round(self, run_id: str) -> int:
+        """The last round of that run whose fit left something: older tasks are of no use; 0 when there is none."""
+        return self._newest_round if run_id == self._run_id else 0
 
     def before(self, *unanswered: str) -> dict[str, Array]:
         """What a fit begins with: what the last one left, but for attempts at tasks whose answer never went out, by
@@ -76,10 +81,11 @@ class ClientMemory:
         others = [tensors for task_id, (_, tensors) in list(self._open.items()) if task_id not in but]
         return others[-1] if others else self._settled
 
-    def keep(self, task_id: str, tensors: Tensors) -> None:
-        """Note what the fit for `task_id` left, until it is settled; on disk, durably: not on the event loop then.
+    def keep(self, task_id: str, tensors: Tensors, *, round: int = 0) -> None:
+        """Note what the fit for `task_id`, of `round`, left, until it is settled.
 
-        Nothing stays of one that is discarded while it is written, or cannot be written.
+        On disk, durably: not on the event loop then. Nothing stays of one that is discarded while it is written, or
+        cannot be written.
         """
         self._forget(task_id)
         unanswered, base = self._begun
@@ -92,12 +98,13 @@ class ClientMemory:
         self._number += 1
         number = self._number
         self._open[task_id] = number, dict(tensors)
+        self._newest_round = max(self._newest_round, round)
         if self._folder is None:
             return
         file = self._folder / f"{number}{_SUFFIX}"
         with _using(self._folder):
             try:
-                save_model(file, tensors, {"run_id": self._run_id, "task_id": task_id})
+                save_model(file, tensors, {"run_id": self._run_id, "task_id": task_id, "round": str(round)})
             except BaseException:
                 self._forget(task_id)
                 raise
@@ -135,12 +142,12 @@ class ClientMemory:
 
     def _load(self, folder: Path) -> None:
         if (folder / _SETTLED).exists():
-            self._settled, self._run_id, _ = _read(folder / _SETTLED)
+            self._settled, self._run_id, _, self._newest_round = _read(folder / _SETTLED)
         waiting = {int(path.name.removesuffix(_SUFFIX)): path for path in folder.glob(f"*{_SUFFIX}")}
         for number, path in sorted(waiting.items()):
-            tensors, run_id, task_id = _read(path)
+            tensors, run_id, task_id, round = _read(path)
             if self._run_id in ("", run_id):
-                self._run_id = run_id
+                self._run_id, self._newest_round = run_id, max(self._newest_round, round)
                 self._open[task_id] = number, tensors
             self._number = number
 
@@ -160,9 +167,9 @@ def _shifted(value: Array, base: Array | None, new_base: Array | None) -> Array:
     return np.asarray(shifted if base is None else shifted - base, value.dtype)
 
 
-def _read(path: Path) -> tuple[dict[str, Array], str, str]:
+def _read(path: Path) -> tuple[dict[str, Array], str, str, int]:
     tensors, metadata, _ = map_model(path)
-    return tensors, metadata.get("run_id", ""), metadata.get("task_id", "")
+    return tensors, metadata.get("run_id", ""), metadata.get("task_id", ""), int(metadata.get("round", "0"))
 
 
 @contextlib.contextmanager

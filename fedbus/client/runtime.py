@@ -419,7 +419,7 @@ class ClientRuntime:
                 else:
                     self._run_id, self._epoch = message.run_id, message.epoch
                     self._outbox.clear()
-                    self._newest_fit = 0
+                    self._newest_fit = self._memory.newest_round(message.run_id)
                     self._context.cancel()  # whatever is being trained, it is for a run that is over
                     self._work.set()
                     self._tell(o.Welcomed(client_id=self._client_id, run_id=message.run_id))
@@ -607,9 +607,9 @@ class ClientRuntime:
         if task.purpose == "query":
             return
         if self._memory.is_on_disk:
-            await asyncio.to_thread(self._memory.keep, task.task_id, trained.memory)
+            await asyncio.to_thread(self._memory.keep, task.task_id, trained.memory, round=task.round)
         else:
-            self._memory.keep(task.task_id, trained.memory)
+            self._memory.keep(task.task_id, trained.memory, round=task.round)
 
     def _is_wanted(self, task: m.FitTask) -> bool:
         """Whether its run goes on, and it is not too late for it."""

@@ -487,6 +487,32 @@ def test_a_process_that_died_goes_on_with_what_was_on_disk(tmp_path: Path) -> No
     assert value_of(ClientMemory(tmp_path).before()) is None
 
 
+def test_the_next_process_knows_which_rounds_are_behind_it(tmp_path: Path) -> None:
+    memory = ClientMemory(tmp_path)
+    memory.begin_run("r")
+    memory.keep("3", tensors(3), round=3)
+    assert ClientMemory(tmp_path).newest_round("r") == 3
+    memory.settle("3")
+    assert ClientMemory(tmp_path).newest_round("r") == memory.newest_round("r") == 3
+    assert ClientMemory(tmp_path).newest_round("another") == 0
+    memory.begin_run("another")
+    assert memory.newest_round("another") == 0
+
+
+async def test_an_older_task_in_the_inbox_is_not_done_by_the_next_process(tmp_path: Path) -> None:
+    """It would begin with what newer ones left, and leave what newer ones begin with."""
+    memory = ClientMemory(tmp_path)
+    memory.begin_run("r")
+    memory.keep("r/fit/2/c1", tensors(1), round=2)
+    rounds = {"min_fit_clients": 1, "fraction_fit": 1.0, "min_available_clients": 2}
+    async with federation(app(rounds=rounds)) as story:
+        serving = story.start_server(run_id="r")
+        story.start_client("c1", memory=memory)
+        story.start_client("c2")
+        await serving
+    assert story.told(o.TaskStarted, client_id="c1", kind="fit", round=1) == []
+
+
 def test_nothing_stays_of_a_fit_that_cannot_be_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = ClientMemory(tmp_path)
     memory.begin_run("r")
