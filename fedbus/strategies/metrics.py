@@ -88,5 +88,7 @@ def _mean(values: list[tuple[int, float]]) -> float:
 def _quantile(ascending: list[float], share: float) -> float:
     place = share * (len(ascending) - 1)
     below = math.floor(place)
-    above = min(below + 1, len(ascending) - 1)
-    return ascending[below] + (place - below) * (ascending[above] - ascending[below])
+    low, high, part = ascending[below], ascending[min(below + 1, len(ascending) - 1)], place - below
+    if math.isfinite(high - low):
+        return low + part * (high - low)
+    return (1 - part) * low + part * high  # ends so far apart that float64 does not hold it

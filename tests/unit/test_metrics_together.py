@@ -142,3 +142,9 @@ def test_what_is_no_function_of_the_reports_is_refused() -> None:
         app_of(aggregate_fit_metrics="mean")
     with pytest.raises(ConfigError, match=r"aggregate_evaluate_metrics must take \(reports\)"):
         app_of(aggregate_evaluate_metrics=lambda: {})
+
+
+def test_quantiles_between_the_ends_of_float64_are_finite() -> None:
+    """A client may say what it likes: it must not make nan or infinity of what the others say."""
+    reports = [(1, {"a": -1e308}), (1, {"a": 1e308}), (1, {"a": 1e308})]
+    assert fb.quantiles(0, 0.25, 1)(reports) == {"a_q0": -1e308, "a_q25": 0.0, "a_q100": 1e308}
