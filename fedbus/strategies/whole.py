@@ -24,7 +24,8 @@ class WholeRound(SpooledStrategy):
 
         class Middle(fb.WholeRound):
             def aggregate(self, updates):
-                return {name: np.median([u.delta[name] for u in updates], axis=0) for name in updates[0].delta}
+                held = self.holders(updates)
+                return {name: np.median([u.delta[name] for u in held[name]], axis=0) for name in held}
 
     Memory is what `aggregate` takes: updates lie in a file, and a tensor is read whenever it is asked for, into an
     array of its own. Go tensor by tensor, as above, and it is one tensor of all updates; for less, walk
@@ -41,6 +42,15 @@ class WholeRound(SpooledStrategy):
         `updates` are in the order of (client_id, task_id), the same however they came. Nothing has been done about
         those that are late: `update.discount` is what they should count. Their deltas can be read until this returns.
         """
+
+    @staticmethod
+    def holders(updates: Sequence[ClientUpdate]) -> dict[str, list[ClientUpdate]]:
+        """The updates that hold each tensor: a client may send some of them only, and be the first of all."""
+        held: dict[str, list[ClientUpdate]] = {}
+        for update in updates:
+            for name in update.delta:
+                held.setdefault(name, []).append(update)
+        return held
 
     def reduced(self, spool: Spool, model: Tensors) -> Iterator[Step]:
         step = self.aggregate(spool.updates())

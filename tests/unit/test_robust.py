@@ -542,6 +542,18 @@ def test_every_dtype_can_be_stepped_by_one_function() -> None:
         np.testing.assert_array_equal(value, wanted[name])
 
 
+def test_one_who_sends_some_of_the_tensors_is_no_harm_to_a_strategy_of_one_function() -> None:
+    class Mean(WholeRound):
+        def aggregate(self, updates: Sequence[ClientUpdate]) -> Tensors:
+            held = self.holders(updates)
+            return {name: np.mean([each.delta[name] for each in held[name]], axis=0) for name in held}
+
+    model = {"w": np.zeros(1), "v": np.zeros(1)}
+    first = update("a", {"w": np.array([6.0])})
+    others = [update(name, {"w": np.array([3.0]), "v": np.array([5.0])}) for name in ("b", "c")]
+    assert run(Mean(), model, [first, *others]) == {"w": [4.0], "v": [5.0]}
+
+
 # ---- what they ask for -----------------------------------------------------------------------------------------------
 
 
