@@ -1225,7 +1225,9 @@ class Server:
         """From now on updates are deltas of `model`."""
         assert self._intake is not None
         # Where sizes change there is nothing to subtract from: what clients have to say comes beside the delta.
-        deltas = {} if self._strategy.may_resize else model
+        # And what each client keeps to itself stays as it began, for those who come later, whoever sends it.
+        shared = {name: value for name, value in model.items() if not self._app.is_personal(name)}
+        deltas = {} if self._strategy.may_resize else shared
         self._intake.expect(deltas, _call_strategy(self._strategy.extras, model), self._app.update_codec)
 
     async def _make_initial_durable(self) -> None:

@@ -304,6 +304,20 @@ async def test_personal_tensors_stay_where_they_are() -> None:
     assert (last.loss, last.metrics) == (4.5, {"c1": 3.0, "c2": 6.0})
 
 
+async def test_nobody_moves_what_each_client_keeps_to_itself() -> None:
+    model = {"body.w": np.zeros(3, _W), "head.w": np.zeros(3, _W)}
+    rounds = {"num_rounds": 1, "min_fit_clients": 1, "min_available_clients": 2, "fraction_evaluate": 0}
+    settings: dict[str, Any] = {"initial_parameters": model, "rounds": rounds | {"grace_s": float("inf")}}
+    async with federation(app_of(personal=["head.*"], **settings)) as story:
+        serving = story.start_server()
+        clients = [story.start_client("c1"), story.start_client("c2", app_of(**settings))]
+        history = await serving
+        await asyncio.gather(*clients)
+        assert story.model()["head.w"].tolist() == [0, 0, 0]
+    assert [update.client_id for update in history.rounds[0].folded] == ["c1"]
+    assert history.rounds[0].refused == {"c2": "the model has no tensor 'head.w'"}
+
+
 async def test_clients_stay_for_another_run_and_begin_it_with_nothing_in_mind() -> None:
     async with federation(app()) as story:
         first = story.start_server(keeps_clients=True, run_id="first")
