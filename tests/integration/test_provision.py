@@ -123,6 +123,7 @@ async def link(access: Access) -> AsyncIterator[aiormq.Connection]:
         yield connection
     finally:
         await connection.close()
+        await asyncio.sleep(0.02)  # its socket is closed some turns of the loop later
 
 
 def publish(exchange: str, key: str, **properties: Any) -> Attempt:
