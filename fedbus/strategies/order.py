@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError
 from fedbus.strategies.optimizers import ServerOptimizer
 from fedbus.strategies.spool import Block, Spool
-from fedbus.strategies.spooled import SpooledStrategy, check_needed, discounts_of, stepped
+from fedbus.strategies.spooled import SpooledStrategy, discounts_of, stepped
 from fedbus.strategies.step import Step
 from fedbus.types import Array, Tensors
 
@@ -66,11 +65,10 @@ class TrimmedMean(SpooledStrategy):
     def _settings(self) -> list[str]:
         return [f"beta={self.beta}"]
 
-    def check(self, rounds: RoundConfig) -> None:
-        super().check(rounds)
-        if self.beta:
-            least = math.ceil(1 / self.beta - 1e-9)
-            check_needed(self, least, f"{least} updates to cut off any", rounds)
+    @property
+    def needed(self) -> tuple[int, str]:
+        least = math.ceil(1 / self.beta - 1e-9) if self.beta else 1
+        return least, f"{least} updates to cut off any"
 
     def reduced(self, spool: Spool, model: Tensors) -> Iterator[Step]:
         discounts = discounts_of(spool.updates())

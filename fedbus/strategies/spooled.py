@@ -77,7 +77,7 @@ def check_needed(strategy: object, least: int, words: str, rounds: RoundConfig) 
     if rounds.grace_s == 0 and rounds.min_fit_clients < least:
         raise ConfigError(
             f"{strategy!r} needs {words} in a round, and rounds close with min_fit_clients={rounds.min_fit_clients}: "
-            "raise that, or bear fewer hostile clients"
+            "raise that, or set the strategy for so few (a larger beta, a smaller f)"
         )
 
 
