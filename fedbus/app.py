@@ -173,6 +173,14 @@ class App:
         """Whether a tensor of that name stays with its client."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.personal)
 
+    def check_personal(self, model: Iterable[str]) -> None:
+        """Raise `ConfigError` for a personal name that no tensor of `model` has: its layer would be everybody's."""
+        names = list(model)
+        for pattern in self.personal:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                raise ConfigError(f"personal: no tensor matches {pattern!r}; the model has {shown}")
+
     def initial_model(self) -> dict[str, Array] | None:
         """The model to begin with; None when a client is to be asked for it."""
         parameters = self.initial_parameters() if callable(self.initial_parameters) else self.initial_parameters

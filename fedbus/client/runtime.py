@@ -143,6 +143,7 @@ class ClientRuntime:
         self._outbox = Outbox(bus, client_id, self._jitter)
         self._caller: Caller = caller or UserThread(f"fedbus-{client_id}")
         self._memory = ClientMemory() if memory is None else memory
+        self._met_with: dict[tuple[str, int], Tensors] = {}  # (run, version) -> what was remembered; the last two
         self._code = UserCode(app, self._context, self._caller)
         self._inbox: Consumer | None = None
         self._has_told_of_waiting = False
@@ -178,7 +179,8 @@ class ClientRuntime:
         try:
             await self._run()
         except ExceptionGroup as group:
-            raise leaf(group) from group
+            exc = leaf(group)
+            raise exc from exc.__cause__ or group
         finally:
             self._context.cancel()
             self._caller.close()
@@ -594,13 +596,20 @@ class ClientRuntime:
         """What the client remembers of the task's run, but for earlier attempts at tasks that are here: a process that
         died before it had sent an update finds its task again, and what the fit left.
 
+        A version is evaluated with what its fit began with: that may have ended meanwhile, and is of the next version.
+
         A query neither knows nor changes it: one between two servers of a run must cost the run nothing.
         """
         if isinstance(task, m.FitTask) and task.purpose == "query":
             return {}
         self._memory.begin_run(task.run_id)
+        place = task.run_id, task.version
+        if isinstance(task, m.EvaluateTask) and place in self._met_with:
+            return self._met_with[place]
         waiting = [pending.task.task_id for pending in self._pending if self._outbox.get(pending.task.task_id) is None]
-        return self._memory.before(task.task_id, *waiting)
+        remembered = self._memory.before(task.task_id, *waiting)
+        self._met_with = {**dict(list(self._met_with.items())[-1:]), place: remembered}
+        return remembered
 
     async def _remember(self, task: m.FitTask, trained: Trained) -> None:
         """Before it is sent: its receipt may come at any time from then on."""

@@ -218,6 +218,11 @@ class Server:
                 "workers do not, so start clients of their own (fedbus client, fedbus run), or take another codec"
             )
         self._app = app
+        if virtual_clients and app.personal:
+            raise ConfigError(
+                f"personal={list(app.personal)} needs clients that remember: virtual ones on workers do not, so start "
+                "clients of their own (fedbus client, fedbus run)"
+            )
         self._bus = bus
         self._observers = tuple(observers)
         self._folder = None if run_dir is None else RunFolder(run_dir, resume=resume)
@@ -383,7 +388,7 @@ class Server:
                 with contextlib.suppress(RunFailed):  # the disk may be what failed
                     await self._note_end(finished=False, reason=reason)
                 await self._send_home(reason)
-            raise exc from group
+            raise exc from exc.__cause__ or group
         finally:
             self._guard.tell_rest()
             self._user_thread.close()
@@ -1209,6 +1214,7 @@ class Server:
     async def _begin_with(self, model: Tensors) -> None:
         """Publish version 0."""
         assert self._intake is not None
+        self._app.check_personal(model)
         self._model_bytes = sum(value.nbytes for value in model.values())
         self._expect(model)
         self._keep_base()

@@ -110,7 +110,8 @@ class _Simulation:
             try:
                 return runner.run(self._run())
             except ExceptionGroup as group:
-                raise leaf(group) from group
+                exc = leaf(group)
+                raise exc from exc.__cause__ or group
 
     def stop(self, reason: str) -> None:
         """End the run early; from any thread."""

@@ -146,7 +146,8 @@ class WorkerRuntime:
         try:
             await self._run()
         except ExceptionGroup as group:
-            raise leaf(group) from group
+            exc = leaf(group)
+            raise exc from exc.__cause__ or group
         finally:
             for job in self._in_hand.values():
                 job.context.cancel()

@@ -31,7 +31,7 @@ from fedbus.tensorfile import save_model
 from fedbus.training.base import Client, ClientContext
 from fedbus.types import Array, Config, EvaluateResult, ExtraSpec, FitResult, Tensors
 from fedbus.wire import messages as m
-from tests.kit import app_of, federation
+from tests.kit import Gate, app_of, federation
 
 _W = np.float32
 
@@ -316,6 +316,46 @@ async def test_nobody_moves_what_each_client_keeps_to_itself() -> None:
         assert story.model()["head.w"].tolist() == [0, 0, 0]
     assert [update.client_id for update in history.rounds[0].folded] == ["c1"]
     assert history.rounds[0].refused == {"c2": "the model has no tensor 'head.w'"}
+
+
+async def test_a_version_is_evaluated_with_what_its_client_had_when_it_was_given_it() -> None:
+    """Evaluations run behind the next fit, which must not show in them."""
+    trained = Gate(in_round=3)
+
+    class Mine(Client):
+        def __init__(self, context: ClientContext) -> None:
+            pass
+
+        def fit(self, parameters: Tensors, config: Config) -> FitResult:
+            if config["round"] == 3:
+                trained._opened.wait(30)  # until the evaluation of version 2 is in the inbox
+            return FitResult(parameters={name: value + 1 for name, value in parameters.items()}, num_examples=1)
+
+        def evaluate(self, parameters: Tensors, config: Config) -> EvaluateResult:
+            return EvaluateResult(loss=float(parameters["head"][0] - parameters["body"][0]), num_examples=1)
+
+    model = {"body": np.zeros(1, _W), "head": np.zeros(1, _W)}
+    rounds = {"min_fit_clients": 1, "num_rounds": 4}
+    async with federation(app_of(Mine, initial_parameters=model, personal=["head"], rounds=rounds)) as story:
+        serving = story.start_server()
+        client = story.start_client("c1")
+        await story.until(o.TaskStarted, 3, kind="fit")
+        trained.open()
+        history = await serving
+        await client
+    losses = [record.federated.loss for record in history.rounds if record.federated is not None]
+    assert losses == [0.0] * len(losses)
+    assert len(losses) >= 2
+
+
+async def test_a_personal_name_that_no_tensor_has_is_refused() -> None:
+    model = {"body.w": np.zeros(1, _W), "head.w": np.zeros(1, _W)}
+    async with federation(app_of(Answering, initial_parameters=model, personal=["heads.*"])) as story:
+        with pytest.raises(ConfigError, match=r"no tensor matches 'heads\.\*'; the model has body\.w, head\.w"):
+            await story.run("c1")
+    async with federation(app_of(Answering, initial_parameters=model, personal=["head.*"])) as story:
+        with pytest.raises(ConfigError, match=r"personal=\['head\.\*'\] needs clients that remember"):
+            story.start_server(virtual_clients=3)
 
 
 async def test_clients_stay_for_another_run_and_begin_it_with_nothing_in_mind() -> None:
