@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from fedbus.config import RoundConfig as RoundConfig
     from fedbus.config import Tiers as Tiers
     from fedbus.config import Uniform as Uniform
+    from fedbus.errors import AggregateRefused as AggregateRefused
     from fedbus.errors import FedbusError as FedbusError
+    from fedbus.errors import UpdateRefused as UpdateRefused
     from fedbus.server.history import History as History
     from fedbus.simulation.virtual import simulate as simulate
     from fedbus.simulation.virtual_time import VirtualTime as VirtualTime
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from fedbus.training.base import ClientContext as ClientContext
     from fedbus.training.base import NumPyClient as NumPyClient
     from fedbus.types import EvaluateResult as EvaluateResult
+    from fedbus.types import ExtraSpec as ExtraSpec
     from fedbus.types import FitResult as FitResult
 
 _HOMES = {
@@ -98,6 +101,7 @@ _HOMES = {
     "Adagrad": "strategies.optimizers",
     "Adam": "strategies.optimizers",
     "AfterEvaluation": "after_evaluation",
+    "AggregateRefused": "errors",
     "App": "app",
     "BestModel": "after_evaluation",
     "Bulyan": "strategies.bulyan",
@@ -115,6 +119,7 @@ _HOMES = {
     "EarlyStopping": "after_evaluation",
     "EvaluatedModel": "after_evaluation",
     "EvaluateResult": "types",
+    "ExtraSpec": "types",
     "Extremes": "analytics.statistics",
     "FedAdagrad": "strategies.fedopt",
     "FedAdam": "strategies.fedopt",
@@ -169,6 +174,7 @@ _HOMES = {
     "TrimmedMean": "strategies.order",
     "Uniform": "config",
     "unweighted_mean": "strategies.metrics",
+    "UpdateRefused": "errors",
     "Variance": "analytics.statistics",
     "VirtualTime": "simulation.virtual_time",
     "weighted_mean": "strategies.metrics",

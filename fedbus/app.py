@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Final, Literal, TypeAlias, overload
 
 from fedbus.after_evaluation import AfterEvaluation, BestModel
 from fedbus.config import RoundConfig
-from fedbus.errors import AppError, ConfigError, RunFailed, one_line
+from fedbus.errors import AppError, ConfigError, RunFailed, one_line, place_of
 from fedbus.strategies.base import Strategy
 from fedbus.strategies.fedasync import FedAsync
 from fedbus.strategies.fedavg import FedAvg
@@ -127,6 +126,11 @@ class App:
                 raise ConfigError(f"{setting} must be the name of a codec, such as 'int8', not {given!r}")
         Codec.parse(self.compression)
         self.model_codec.check_carries_models()
+        if self.strategy.needs_exact_updates and self.update_codec.is_lossy:
+            raise ConfigError(
+                f"{type(self.strategy).__name__} needs updates as they are, and {self.compression!r} rounds them: take "
+                "'zstd', or none"
+            )
         for setting in ("update_queue", "message_queues"):
             if getattr(self, setting) not in ("quorum", "classic"):
                 raise ConfigError(f"{setting} must be 'quorum' or 'classic', not {getattr(self, setting)!r}")
@@ -289,10 +293,5 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_failed(name: str, exc: BaseException) -> AppError:
-    ours = str(Path(__file__).parent)
-    frames = traceback.extract_tb(exc.__traceback__)
-    # The user's own line, where the error was raised by a check of ours.
-    theirs = [frame for frame in frames if not frame.filename.startswith((ours, "<"))] or frames
-    where = f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else ""
     reason = one_line(str(exc)) or "no reason given"
-    return AppError(f"{name} cannot be imported: {type(exc).__name__}: {reason}{where}")
+    return AppError(f"{name} cannot be imported: {type(exc).__name__}: {reason}{place_of(exc)}")

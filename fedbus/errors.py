@@ -26,6 +26,9 @@
 Each message is one line that says what to do. Foreign exceptions are mapped once, where the library is called.
 """
 
+import traceback
+from pathlib import Path
+
 
 class FedbusError(Exception):
     """Base of all errors that fedbus raises on purpose."""
@@ -119,6 +122,15 @@ def one_line(text: str, most_chars: int = 500) -> str:
     """`text` as it may stand in a log or on a screen: no line breaks, no control characters, not too long."""
     flat = " ".join(text.split())
     return "".join(char if char.isprintable() else "?" for char in flat[:most_chars])
+
+
+def place_of(exc: BaseException) -> str:
+    """ " (own.py:12)": where in somebody's own code it was raised, or the innermost line there is; "" when unknown."""
+    ours = str(Path(__file__).parent)
+    frames = traceback.extract_tb(exc.__traceback__)
+    # The user's own line, where the error was raised by a check of ours.
+    theirs = [frame for frame in frames if not frame.filename.startswith((ours, "<"))] or frames
+    return f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else ""
 
 
 def leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -40,7 +40,7 @@ from fedbus.rounds.snapshot import EngineSnapshot, MemberSnapshot, MemberState
 _VIRTUAL_SESSION: Final = "virtual"
 """The session of all virtual clients: whatever process works on their tasks, they are never restarted."""
 
-_DISCARDED: Final = "its round was discarded"
+DISCARDED: Final = "its round was discarded"
 
 _REMEMBERED_ROUNDS: Final = 20
 """How long the engine itself knows what became of a task that has ended."""
@@ -1043,14 +1043,14 @@ class Engine:
         """No model was made of its round: its client must not believe that it counts."""
         task = self._tasks.get(folded.task_id)
         if task is not None:
-            task.state, task.failure = TaskState.FAILED, _DISCARDED
+            task.state, task.failure = TaskState.FAILED, DISCARDED
         self._out.append(
             c.Settle(
                 client_id=folded.client_id,
                 task_id=folded.task_id,
                 delivery=folded.delivery,
                 outcome=Outcome.REFUSED,
-                reason=_DISCARDED,
+                reason=DISCARDED,
             )
         )
 

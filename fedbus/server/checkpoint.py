@@ -26,6 +26,7 @@ from fedbus.types import Array, Tensors
 class _Checkpoint(NamedTuple):
     tensors: dict[str, Array]
     pages: np.memmap[Any, Any]
+    metadata: dict[str, str]
 
 
 class RunFolder:
@@ -82,14 +83,16 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def save_checkpoint(self, model: Tensors, *, run_id: str, version: int, memory: Tensors | None = None) -> None:
-        """Write version `version`, durably, and what the strategy remembers with it; the one before stays until
-        `settle_checkpoint`.
+    def save_checkpoint(
+        self, model: Tensors, *, run_id: str, version: int, memory: Tensors | None = None, strategy: str = ""
+    ) -> None:
+        """Write version `version`, durably, and what the `strategy` of that name remembers with it; the one before
+        stays until `settle_checkpoint`.
         """
         (self.path / "checkpoints").mkdir(exist_ok=True)
         metadata = {"run_id": run_id, "version": str(version)}
         if memory:
-            save_model(self._memory(version), memory, metadata)
+            save_model(self._memory(version), memory, metadata | {"strategy": strategy})
         save_model(self._checkpoint(version), model, metadata)
 
     def settle_checkpoint(self, version: int, *, keep: Collection[int] = ()) -> None:
@@ -128,15 +131,24 @@ class RunFolder:
 
         Raises `ConfigError` when they are not there, or are of another run.
         """
-        tensors, pages = self._map(self._checkpoint(version), version, run_id)
+        tensors, pages, _ = self._map(self._checkpoint(version), version, run_id)
         self._pages = [pages]
         return tensors
 
-    def load_memory(self, version: int, *, run_id: str) -> dict[str, Array]:
-        """What the strategy remembered with version `version`, as `load_checkpoint` gives the model."""
-        if not self._memory(version).exists():
+    def load_memory(self, version: int, *, run_id: str, strategy: str = "") -> dict[str, Array]:
+        """What the strategy remembered with version `version`, as `load_checkpoint` gives the model.
+
+        Raises `ConfigError` where that was a strategy of another name: its momenta mean nothing to this one.
+        """
+        path = self._memory(version)
+        if not path.exists():
             return {}
-        tensors, pages = self._map(self._memory(version), version, run_id)
+        tensors, pages, metadata = self._map(path, version, run_id)
+        if metadata.get("strategy") != strategy:
+            raise ConfigError(
+                f"the run in {self.path} was begun with the strategy {metadata.get('strategy')}, not {strategy}: "
+                "go on with that one, or begin another run"
+            )
         self._pages.append(pages)
         return tensors
 
@@ -149,7 +161,7 @@ class RunFolder:
         tensors, metadata, pages = map_model(path)
         if (metadata.get("run_id"), metadata.get("version")) != (run_id, str(version)):
             raise ConfigError(f"{path} is not version {version} of run {run_id}: the run cannot be resumed")
-        return _Checkpoint(tensors, pages)
+        return _Checkpoint(tensors, pages, metadata)
 
     def release_pages(self) -> None:
         """Give the memory back that reading the loaded checkpoint took; what is read again comes from the file."""

@@ -58,13 +58,14 @@ from fedbus.errors import (
     UpdateRefused,
     leaf,
     one_line,
+    place_of,
 )
 from fedbus.observe import events as o
 from fedbus.observe.figures import ServerFigures
 from fedbus.rounds import commands as c
 from fedbus.rounds import events as e
 from fedbus.rounds.commands import Outcome
-from fedbus.rounds.engine import Engine, Fate
+from fedbus.rounds.engine import DISCARDED, Engine, Fate
 from fedbus.rounds.restored import Restored, RestoredTask
 from fedbus.server.after import AfterEvaluations
 from fedbus.server.bases import Bases
@@ -522,12 +523,16 @@ class Server:
         assert self._folder is not None
         self._version = self._durable_version = self._last_commit.version
         self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
-        self._strategy.attach(memory=self._folder.load_memory(self._version, run_id=self._run_id))
+        self._strategy.attach(memory=self._remembered(self._folder))
 
     def _all_records(self) -> Iterator[RoundRecord]:
         if self._history.num_rounds:
             for text in self._ledger.record_texts(through=self._history.num_rounds):
                 yield record_from_json(json.loads(text))
+
+    def _remembered(self, folder: RunFolder) -> dict[str, Array]:
+        name = type(self._strategy).__name__
+        return folder.load_memory(self._version, run_id=self._run_id, strategy=name)
 
     def _tell_start(self) -> None:
         rounds = self._app.rounds
@@ -1033,7 +1038,8 @@ class Server:
                 return
             self._ledger.note_failed(command.task_id, command.client_id, command.reason)
             self._refused[command.client_id] = command.reason
-            self._last_failure = f"{command.client_id}: {command.reason}"
+            if command.reason != DISCARDED:  # then more is known of why
+                self._last_failure = f"{command.client_id}: {command.reason}"
             self._tell(o.UpdateRefused(client_id=command.client_id, task_id=command.task_id, reason=command.reason))
             refusal = m.Refusal(task_id=command.task_id, run_id=self._run_id, reason=command.reason)
             await self._outbound.put((command.client_id, refusal, self._app.rounds.timeout_s))
@@ -1246,7 +1252,11 @@ class Server:
             if self._folder is not None:
                 assert self._model is not None
                 self._folder.save_checkpoint(
-                    self._model, run_id=self._run_id, version=self._version, memory=self._strategy.memory
+                    self._model,
+                    run_id=self._run_id,
+                    version=self._version,
+                    memory=self._strategy.memory,
+                    strategy=type(self._strategy).__name__,
                 )
             commit()
         self._durable_version = self._version
@@ -1371,7 +1381,7 @@ class Server:
     def _discard(self, command: c.Commit, reason: str) -> None:
         self._tell(o.AggregateDiscarded(round=command.round, reason=reason))
         for task_id, update in self._folded:
-            self._ledger.note_failed(task_id, update.client_id, "its round was discarded")
+            self._ledger.note_failed(task_id, update.client_id, DISCARDED)
         self._folded = []
         self._last_failure = f"the aggregate of round {command.round}: {reason}"
 
@@ -1428,7 +1438,7 @@ class Server:
         """Read the model from its checkpoint from now on: it is needed again only when the round closes."""
         if self._folder is not None and self._model_bytes > _SMALL_BYTES:
             self._model = _frozen(self._folder.load_checkpoint(self._version, run_id=self._run_id))
-            self._strategy.attach(memory=self._folder.load_memory(self._version, run_id=self._run_id))
+            self._strategy.attach(memory=self._remembered(self._folder))
 
     def _release_pages(self) -> None:
         if self._folder is not None:
@@ -1717,7 +1727,7 @@ def _call_strategy(function: Callable[..., Any], *args: Any) -> Any:
         raise  # its words are for people already
     except Exception as exc:
         owner = type(getattr(function, "__self__", None)).__name__
-        raise RunFailed(f"{owner}.{function.__name__} raised {_describe(exc)}") from exc
+        raise RunFailed(f"{owner}.{function.__name__} raised {_describe(exc)}{place_of(exc)}") from exc
 
 
 @contextlib.contextmanager
@@ -1747,14 +1757,16 @@ def _check_same_kind(strategy: Strategy, old: dict[str, Array], new: Any) -> Non
     if not isinstance(new, dict) or not all(isinstance(value, np.ndarray) for value in new.values()):
         raise RunFailed(f"{name}.finish must return {{tensor name: array}}, the next model, not {type(new).__name__}")
 
-    def kind(model: dict[str, Array]) -> list[tuple[str, object, object]]:
-        return [
-            (name, value.ndim if strategy.may_resize else value.shape, value.dtype) for name, value in model.items()
-        ]
-
-    if kind(old) != kind(new):
-        what = "names, order or dtypes" if strategy.may_resize else "names, order, shapes or dtypes"
-        raise RunFailed(f"{name}.finish changed {what} of the model")
+    if list(old) != list(new):
+        wrong = sorted(old.keys() ^ new.keys())
+        what = f"gave or lacks {wrong[0]!r}" if wrong else "changed the order of the tensors"
+        raise RunFailed(f"{name}.finish {what}: it must return the model's tensors, in their order")
+    for tensor, value in old.items():
+        found = new[tensor]
+        has_shape = found.ndim == value.ndim if strategy.may_resize else found.shape == value.shape
+        if not has_shape or found.dtype != value.dtype:
+            wanted = f"the model has {value.dtype} {value.shape}"
+            raise RunFailed(f"{name}.finish returned {tensor!r} as {found.dtype} {found.shape}, {wanted}")
 
 
 def _check_memory(strategy: Strategy) -> None:

@@ -86,6 +86,9 @@ class Strategy(ABC):
     needs_client_memory: ClassVar[bool] = False
     """Whether clients must remember something from one task to the next, as stateless virtual clients do not."""
 
+    needs_exact_updates: ClassVar[bool] = False
+    """Whether what arrives must be what the client sent, to the last bit: no codec may round it."""
+
     may_resize: ClassVar[bool] = False
     """Whether `finish` may give tensors another shape; their names, order and dtypes stay."""
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedbus.config import RoundConfig
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.mean import StreamingMean
-from fedbus.strategies.settings import count, positive
+from fedbus.strategies.settings import check_none_is_too_late, count, positive
 from fedbus.strategies.step import Step, StepStrategy
 from fedbus.types import Array, Config, Piece, Tensors, kept_dtype
 
@@ -65,6 +66,7 @@ class FedDyn(StepStrategy):
     """
 
     needs_client_memory: ClassVar[bool] = True
+    needs_exact_updates: ClassVar[bool] = True  # h is the mean of the clients' g_k, which come of what they trained
 
     def __init__(self, alpha: float = 0.01, *, num_clients: int | None = None) -> None:
         super().__init__()
@@ -74,6 +76,10 @@ class FedDyn(StepStrategy):
     def __repr__(self) -> str:
         num_clients = "" if self.num_clients is None else f", num_clients={self.num_clients}"
         return f"FedDyn(alpha={self.alpha:g}{num_clients})"
+
+    def check(self, rounds: RoundConfig) -> None:
+        super().check(rounds)
+        check_none_is_too_late(self, rounds)
 
     def fit_config(self, round: int) -> Config:
         return {"feddyn_alpha": self.alpha}

@@ -40,11 +40,16 @@ class NormBound(Strategy):
     def __init__(self, max_norm: float, strategy: Strategy | None = None) -> None:
         if not (strategy is None or isinstance(strategy, Strategy)):
             raise ConfigError(f"strategy must be a fedbus strategy such as FedAvg(), not {strategy!r}")
+        if strategy is not None and type(strategy).extras is not Strategy.extras:
+            raise ConfigError(
+                f"NormBound bounds updates, and clients of {type(strategy).__name__} send more: give it another"
+            )
         self.max_norm = positive("max_norm", max_norm)
         self.strategy = FedAvg() if strategy is None else strategy
         inner = self.strategy
         self.needs_base = inner.needs_base  # type: ignore[misc]  # what the class says is only what is usual
         self.needs_client_memory = inner.needs_client_memory  # type: ignore[misc]
+        self.needs_exact_updates = inner.needs_exact_updates  # type: ignore[misc]
         self.may_resize = inner.may_resize  # type: ignore[misc]
         self.asks = inner.asks  # type: ignore[misc]
 

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from fedbus.config import RoundConfig
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.mean import StreamingMean
 from fedbus.strategies.optimizers import SGD
-from fedbus.strategies.settings import count, positive
+from fedbus.strategies.settings import check_none_is_too_late, count, positive
 from fedbus.strategies.step import Step
 from fedbus.strategies.weighting import WeightedStrategy, Weighting
 from fedbus.types import Array, Config, ExtraSpec, Tensors, kept_dtype
@@ -64,6 +65,10 @@ class Scaffold(WeightedStrategy):
     def _settings(self) -> list[str]:
         num_clients = [] if self.num_clients is None else [f"num_clients={self.num_clients}"]
         return [*num_clients, *super()._settings()]
+
+    def check(self, rounds: RoundConfig) -> None:
+        super().check(rounds)
+        check_none_is_too_late(self, rounds)
 
     def fit_config(self, round: int) -> Config:
         return {"scaffold": True}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 
+from fedbus.config import RoundConfig
 from fedbus.errors import ConfigError
+
+_NEVER_TOO_LATE = 1000
+"""Versions: what the asynchronous presets take for granted."""
 
 
 def positive(name: str, value: float) -> float:
@@ -44,3 +48,13 @@ def whole(name: str, value: int, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be a whole number of {least} or more, not {value!r}")
     return value
+
+
+def check_none_is_too_late(strategy: object, rounds: RoundConfig) -> None:
+    """Raise `ConfigError` where clients train on before they hear that their last update came too late: what they
+    remember of it would be in the next one."""
+    if rounds.is_asynchronous and rounds.max_staleness < _NEVER_TOO_LATE:
+        raise ConfigError(
+            f"{type(strategy).__name__} needs updates that are not refused for being late: in asynchronous rounds set "
+            f"max_staleness to {_NEVER_TOO_LATE}, not {rounds.max_staleness}"
+        )

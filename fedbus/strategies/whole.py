@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -53,7 +53,10 @@ class WholeRound(SpooledStrategy):
         return held
 
     def reduced(self, spool: Spool, model: Tensors) -> Iterator[Step]:
-        step = self.aggregate(spool.updates())
+        step: object = self.aggregate(spool.updates())
+        if not isinstance(step, Mapping):
+            name, kind = type(self).__name__, type(step).__name__
+            raise ClientCodeError(f"{name}.aggregate must return {{tensor name: array}}, the step, not {kind}")
         _check(type(self).__name__, step, model)
         for name, value in model.items():
             if name in step:

@@ -117,3 +117,12 @@ def test_every_name_of_the_package_can_be_had() -> None:
     assert {"FedAsync", "FedAvg", "FedBuff", "RoundConfig"} <= set(fb.__all__)
     for name in fb.__all__:
         assert getattr(fb, name).__name__ == name
+
+
+def test_a_strategy_whose_halves_would_part_is_refused() -> None:
+    with pytest.raises(ConfigError, match="FedDyn needs updates as they are, and 'int8' rounds them"):
+        app_of(strategy=fb.FedDyn(), compression="int8")
+    app_of(strategy=fb.FedDyn(), compression="zstd")
+    with pytest.raises(ConfigError, match=r"Scaffold needs updates .* set max_staleness to 1000, not 3"):
+        app_of(strategy=fb.Scaffold(), rounds=RoundConfig.buffered(2, max_staleness=3))
+    app_of(strategy=fb.Scaffold(), rounds=RoundConfig.buffered(2))

@@ -109,7 +109,7 @@ class Many(Client):
 @pytest.mark.parametrize(
     "rounds",
     [
-        RoundConfig.buffered(3, num_rounds=34, max_staleness=2, min_available_clients=10),
+        RoundConfig.buffered(3, num_rounds=34, min_available_clients=10),
         RoundConfig.semi_synchronous(
             4, over_selection=2.0, num_rounds=29, max_staleness=0, min_available_clients=10, fraction_evaluate=0
         ),

@@ -162,7 +162,7 @@ async def test_a_client_whose_answers_are_refused_harms_nobody(monkeypatch: pyte
         is_liar = np.asarray(columns["age"]).size == 60  # client-3
         return {**given, "sums": -given["sums"]} if is_liar else given
 
-    monkeypatch.setattr("fedbus.client.code.answer", forging)
+    monkeypatch.setattr("fedbus.analytics.local.answer", forging)
     async with federation(hospitals()) as story:
         for name in DATA:
             story.start_client(name)

@@ -127,6 +127,21 @@ async def test_what_a_strategy_remembers_outlives_its_server(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "checkpoints").glob("memory-*")] == ["memory-4.safetensors"]
 
 
+async def test_a_run_is_not_resumed_with_what_another_strategy_remembered(tmp_path: Path) -> None:
+    class Others(Sums):
+        """Remembers under the same name, and means something else by it."""
+
+    async with federation(app(rounds={"num_rounds": 4}), run_dir=tmp_path) as story:
+        story.start_server()
+        for name in ("c1", "c2"):
+            story.start_client(name)
+        await story.until(o.RoundClosed, 2)
+        await story.kill_server()
+        story.app = app(strategy=Others(), rounds={"num_rounds": 4})
+        with pytest.raises(ConfigError, match="was begun with the strategy Sums, not Others: go on with that one"):
+            await story.resume_server()
+
+
 async def test_an_aggregate_that_is_refused_leaves_model_and_memory_as_they_were() -> None:
     async with federation(app(stepping({("c1", 1): 2000.0}), rounds={"num_rounds": 3})) as story:
         history = await story.run("c1", "c2")

@@ -31,6 +31,7 @@ from fedbus.strategies.krum import Krum, MultiKrum
 from fedbus.strategies.norm_bound import NormBound
 from fedbus.strategies.optimizers import SGD, Adam
 from fedbus.strategies.order import Median, TrimmedMean
+from fedbus.strategies.scaffold import Scaffold
 from fedbus.strategies.spool import Spool
 from fedbus.strategies.spooled import SpooledStrategy
 from fedbus.strategies.step import StepStrategy
@@ -474,6 +475,11 @@ def test_a_norm_bound_is_the_inner_strategy_of_shorter_updates(inner: StepStrate
     for name, value in wanted.items():
         coarse = 1e-2 if value.dtype.itemsize == 2 else 1e-5
         np.testing.assert_allclose(found[name].astype(np.complex128), value.astype(np.complex128), rtol=coarse)
+
+
+def test_a_norm_bound_is_not_put_before_what_takes_more_than_updates() -> None:
+    with pytest.raises(ConfigError, match="NormBound bounds updates, and clients of Scaffold send more"):
+        NormBound(1.0, Scaffold())
 
 
 def test_a_copy_of_a_norm_bound_remembers_for_itself() -> None:
