@@ -1,7 +1,8 @@
-"""Handwritten digits on a small CNN: the application of the demo, written as a Flower user would write it."""
+"""Handwritten digits on a small CNN: the application of the demo, whose clients do as any strategy says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -11,9 +12,9 @@ from fedbus.app import App
 from fedbus.config import RoundConfig
 from fedbus.data.partitioners import Indices, dirichlet
 from fedbus.data.sources import Dataset, digits
-from fedbus.training.base import ClientContext, NumPyClient
-from fedbus.training.torch import get_parameters, set_parameters  # before torch: it says what to install
-from fedbus.types import Array, Scalar
+from fedbus.training.base import Client, ClientContext
+from fedbus.training.torch import LocalTraining, get_parameters, set_parameters  # before torch: it says what to install
+from fedbus.types import Array, Config, EvaluateResult, FitResult, Scalar, Tensors
 
 # isort: split
 import torch
@@ -44,11 +45,11 @@ def make_model(seed: int = 0) -> nn.Module:
         )
 
 
-class DigitsClient(NumPyClient):
+class DigitsClient(Client):
     """Trains the CNN on one partition of the digits.
 
     Reads from the fit config: "local_epochs", "lr", "batch_size", and "seed" and "round" for the order of
-    the batches, so that a task done twice gives the same update.
+    the batches, so that a task done twice gives the same update; `LocalTraining` reads what the strategy says.
     """
 
     def __init__(self, context: ClientContext, dataset: Dataset) -> None:
@@ -59,44 +60,43 @@ class DigitsClient(NumPyClient):
         self.test_x, self.test_y = _tensors(dataset.take(np.flatnonzero(held_out)))
         self.model = make_model()
 
-    def get_parameters(self, config: dict[str, Scalar]) -> list[Array]:
-        """Return the arrays of the local model."""
-        return list(get_parameters(self.model).values())
+    def get_parameters(self) -> Tensors:
+        """Return the tensors of the local model."""
+        return get_parameters(self.model)
 
-    def fit(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[list[Array], int, dict[str, Scalar]]:
+    def fit(self, parameters: Tensors, config: Config) -> FitResult:
         """Train with SGD for some local epochs; the metric is the mean loss of the last one."""
-        set_parameters(self.model, parameters)
         optimizer = torch.optim.SGD(
             self.model.parameters(), lr=float(config.get("lr", LEARNING_RATE)), momentum=MOMENTUM
         )
-        batch_size = int(config.get("batch_size", BATCH_SIZE))
-        rng = _task_rng(config, self.context.partition)
-        loss = float("nan")
-        for _ in range(int(config.get("local_epochs", LOCAL_EPOCHS))):
-            if self.context.cancelled:
-                break
-            loss = self._epoch(optimizer, torch.from_numpy(rng.permutation(len(self.y))), batch_size)
-        return self.get_parameters({}), len(self.y), {"train_loss": loss}
+        local = LocalTraining(self.model, optimizer, parameters, config, self.context)
+        losses: list[float] = []
+        for batch in local.batches(self._batches(config)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(self.x[batch]), self.y[batch], reduction="sum")
+            (loss / len(batch)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+        per_epoch = -(-len(self.y) // int(config.get("batch_size", BATCH_SIZE)))
+        return local.result(len(self.y), {"train_loss": sum(losses[-per_epoch:]) / len(self.y)})
 
-    def evaluate(self, parameters: list[Array], config: dict[str, Scalar]) -> tuple[float, int, dict[str, Scalar]]:
+    def evaluate(self, parameters: Tensors, config: Config) -> EvaluateResult:
         """Measure loss and accuracy on the fifth of the client's partition that it does not train on."""
         set_parameters(self.model, parameters)
         loss, accuracy = _evaluate(self.model, self.test_x, self.test_y)
-        return loss, len(self.test_y), {"accuracy": accuracy}
+        return EvaluateResult(loss=loss, num_examples=len(self.test_y), metrics={"accuracy": accuracy})
 
-    def _epoch(self, optimizer: torch.optim.Optimizer, order: torch.Tensor, batch_size: int) -> float:
-        total = 0.0
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            optimizer.zero_grad()
-            loss = F.cross_entropy(self.model(self.x[batch]), self.y[batch])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.item() * len(batch)
-        return total / len(order)
+    def _batches(self, config: Config) -> Iterator[torch.Tensor]:
+        """The examples' numbers, all of them in each local epoch, in an order that the task alone decides."""
+        keys = ("seed", "round", "repeat")
+        rng = np.random.default_rng([*(int(config.get(key, 0)) for key in keys), self.context.partition])
+        size = int(config.get("batch_size", BATCH_SIZE))
+        for _ in range(int(config.get("local_epochs", LOCAL_EPOCHS))):
+            order = torch.from_numpy(rng.permutation(len(self.y)))
+            yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def client_fn(context: ClientContext) -> NumPyClient:
+def client_fn(context: ClientContext) -> Client:
     """Return the client of `context.partition`, one of `context.num_partitions` Dirichlet(0.5) partitions."""
     torch.set_num_threads(1)  # many clients share one machine's cores
     train, _ = _split()
@@ -147,10 +147,6 @@ def _evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float
         logits = model(x)
     accuracy = (logits.argmax(1) == y).double().mean().item()
     return F.cross_entropy(logits, y).item(), accuracy
-
-
-def _task_rng(config: dict[str, Scalar], partition: int) -> np.random.Generator:
-    return np.random.default_rng([*(int(config.get(key, 0)) for key in ("seed", "round", "repeat")), partition])
 
 
 app = App(

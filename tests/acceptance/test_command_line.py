@@ -14,6 +14,7 @@ import pytest
 
 from fedbus.bus.node import PrivateNode
 from fedbus.tensorfile import load_model
+from fedbus.types import Tensors
 from tests.acceptance.conftest import QuickShell, Shell, last_json, poll
 from tests.vhosts import Vhost
 
@@ -140,12 +141,12 @@ app = dataclasses.replace(digits.app, rounds=rounds, fit_config={"local_epochs":
     from fedbus.training.base import ClientContext
 
     client = digits.client_fn(ClientContext(client_id="client-01"))
-    alone = list(digits.initial_parameters().values())
+    alone: Tensors = digits.initial_parameters()
     for round_ in (1, 2):
-        alone, _, _ = client.fit(alone, {"local_epochs": 1, "seed": 0, "round": round_})
+        alone = client.fit(alone, {"local_epochs": 1, "seed": 0, "round": round_}).parameters
     federated = load_model(shell.folder / "out" / "model.safetensors")
-    for value, expected in zip(federated.values(), alone, strict=True):
-        np.testing.assert_allclose(value, expected, atol=1e-6)
+    for name, value in federated.items():
+        np.testing.assert_allclose(value, alone[name], atol=1e-6)
 
 
 def test_four_terminals_finish_a_run_whoever_comes_first_and_a_late_client_takes_part(shell: Shell) -> None:
