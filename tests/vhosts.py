@@ -41,8 +41,9 @@ class Vhosts:
     def take(self) -> Vhost:
         """One that nobody has used."""
         if not self._names:
-            self._names = [f"test-{uuid.uuid4().hex[:12]}" for _ in range(_BATCH)]
-            self._make(self._names)
+            names = [f"test-{uuid.uuid4().hex[:12]}" for _ in range(_BATCH)]
+            self._make(names)
+            self._names = names
         return Vhost(self._node, self._names.pop())
 
     def _make(self, names: list[str]) -> None:

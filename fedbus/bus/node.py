@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Final, Self
 
 from fedbus.errors import BrokerMissing, NodeError, UsageError
 
@@ -276,19 +276,29 @@ def find_rabbitmq() -> Path:
     raise BrokerMissing(f"RabbitMQ was not found on this machine: {_INSTALL}")
 
 
+_STILL_STARTS: Final = "requires the 'rabbit' app to be running"
+_STARTED_WITHIN_S: Final = 30.0
+_ASK_AGAIN_S: Final = 0.5
+
+
 def rabbitmqctl(state: NodeState, *args: str, stdin: str = "") -> str:
-    """What `rabbitmqctl ARGS` prints about a private node. Blocks for a second or two.
+    """What `rabbitmqctl ARGS` prints about a private node. Blocks for a second or two; longer while the node still
+    starts, for it takes connections before it takes orders.
 
     Raises:
         NodeError: the command fails.
     """
     programs = _find_programs()
-    return run_rabbitmqctl(
-        [os.fspath(programs.script.with_name("rabbitmqctl")), "-n", _NODENAME],
-        args,
-        stdin=stdin,
-        environment=_tool_environment(state.data_dir, state.epmd_port, programs.path),
-    )
+    command = [os.fspath(programs.script.with_name("rabbitmqctl")), "-n", _NODENAME]
+    environment = _tool_environment(state.data_dir, state.epmd_port, programs.path)
+    give_up_at = time.monotonic() + _STARTED_WITHIN_S
+    while True:
+        try:
+            return run_rabbitmqctl(command, args, stdin=stdin, environment=environment)
+        except NodeError as exc:
+            if _STILL_STARTS not in str(exc) or time.monotonic() > give_up_at:
+                raise
+        time.sleep(_ASK_AGAIN_S)
 
 
 def run_rabbitmqctl(

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from fedbus.bus import node as nodes
 from fedbus.bus.node import (
     NodeState,
     PrivateNode,
@@ -78,6 +80,24 @@ def test_a_shared_node_speaks_amqp_on_its_port(node: PrivateNode) -> None:
     assert speaks_amqp(node.port)
     assert node.url.startswith("amqp://fedbus:")
     assert node.url.endswith(f"@127.0.0.1:{node.port}/")
+
+
+def test_orders_wait_for_a_node_that_takes_connections_and_still_starts(
+    node: PrivateNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, failures = nodes.run_rabbitmqctl, ["Error: this command requires the 'rabbit' app to be running"]
+
+    def early(*args: Any, **settings: Any) -> str:
+        if failures:
+            raise NodeError(failures.pop())
+        return original(*args, **settings)
+
+    monkeypatch.setattr(nodes, "run_rabbitmqctl", early)
+    monkeypatch.setattr(nodes, "_ASK_AGAIN_S", 0.0)
+    assert node.rabbitmqctl("eval", "1 + 1.").strip() == "2"
+    failures.append("another error")
+    with pytest.raises(NodeError, match="another error"):
+        node.rabbitmqctl("eval", "1 + 1.")
 
 
 def test_a_node_keeps_its_folder_and_secrets_to_its_user(node: PrivateNode) -> None:
