@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedbus.bench import fedprox as prox
@@ -27,6 +26,7 @@ from fedbus.bench.measure import RoundBench, Spread, bench_round
 from fedbus.bench.regimes import Outcome, bench_regimes
 from fedbus.bench.stragglers import Spec, bench_stragglers
 from fedbus.cli.options import Broker, Debug, Json, Plaintext, RunDir, run_async
+from fedbus.cli.tables import console_for_tables
 from fedbus.data.heart_disease import FOLDER
 
 bench_app = typer.Typer(name="bench", help="Measure fedbus on this machine.", no_args_is_help=True)
@@ -122,7 +122,7 @@ def _show_aggregate(found: AggregateBench) -> None:
         ratio = found.finish_s / max(found.read_s, 1e-3)
         table.add_row("reading the spool once", f"{_duration(found.read_s)}; finish takes {ratio:.1f} times as long")
     table.add_row("peak memory", f"{_mib(found.peak_mib)}; {_mib(found.start_mib)} before the round")
-    Console(highlight=False).print(table)
+    console_for_tables().print(table)
 
 
 @bench_app.command(name="regimes")
@@ -149,7 +149,7 @@ def regimes_(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
         return
-    Console(highlight=False).print(_regimes_table(outcomes, target))
+    console_for_tables().print(_regimes_table(outcomes, target))
 
 
 @bench_app.command()
@@ -182,7 +182,7 @@ def _show_fold(found: FoldBench) -> None:
     for name, words in _FOLDS.items():
         table.add_row(words, f"{getattr(found, name):.2f}", f"{found.ratios[name]:.2f} times as long")
     table.add_row("exact sums, as the server folds", f"{found.exact:.2f}", "")
-    Console(highlight=False).print(table)
+    console_for_tables().print(table)
 
 
 @bench_app.command()
@@ -201,7 +201,7 @@ def codecs(
     table.add_row("memcpy", "", f"{memcpy:.2f}", f"{memcpy:.2f}")
     for speed in found:
         table.add_row(speed.codec, f"{speed.ratio:.2f}", f"{speed.encode_gib_s:.2f}", f"{speed.decode_gib_s:.2f}")
-    Console(highlight=False).print(table)
+    console_for_tables().print(table)
 
 
 @bench_app.command()
@@ -244,7 +244,7 @@ def compression(
             f"{outcome.accuracy:.4f}",
             f"{outcome.best:.4f}",
         )
-    Console(highlight=False).print(table)
+    console_for_tables().print(table)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -292,7 +292,7 @@ def fedprox(
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
         return
-    Console(highlight=False).print(_fedprox_table(outcomes))
+    console_for_tables().print(_fedprox_table(outcomes))
     typer.echo("accuracy (loss), means of the last ten rounds")
 
 
@@ -332,7 +332,7 @@ def heart_disease(
     if as_json:
         typer.echo(json.dumps([outcome.to_json() for outcome in outcomes]))
         return
-    Console(highlight=False).print(_heart_disease_table(outcomes))
+    console_for_tables().print(_heart_disease_table(outcomes))
     typer.echo("published: FLamby's mean of seeds 42 to 46 (Ogier du Terrail et al. 2022)")
 
 
@@ -367,7 +367,7 @@ def _show(found: RoundBench) -> None:
     table.add_row("peak memory of the broker", _mib(found.broker_rss_mib))
     table.add_row("server sends, per round", _mib(found.server_egress_mib_per_round))
     table.add_row("server receives, per round", _mib(found.server_ingress_mib_per_round))
-    Console(highlight=False).print(table)
+    console_for_tables().print(table)
     typer.echo("floor: bare aiormq moves the same bytes through the same kinds of queues, and nothing else is done;")
     typer.echo("the tight floor also keeps its subscriptions open, and reads a model before it is asked to")
 

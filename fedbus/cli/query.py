@@ -45,12 +45,12 @@ from fedbus.cli.options import (
     log_level,
     run_async,
 )
+from fedbus.cli.tables import console_for_tables
 from fedbus.errors import FedbusError, UsageError, one_line
 from fedbus.observe import events as o
 from fedbus.observe.logs import log_event, set_up
 from fedbus.simulation.processes import query_federation
 
-_PLAIN_COLUMNS: Final = 160
 _BAR: Final = 40
 _MOST_CHARS: Final = 40
 
@@ -262,9 +262,7 @@ def _progress(*, is_quiet: bool, log_json: bool) -> Iterator[list[o.Observe]]:
 
 def show(result: QueryResult) -> None:
     """Print it for people."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PLAIN_COLUMNS)
+    console = console_for_tables()
     rows = list(_rows(result))
     console.print(_table(result, rows))
     for column, group, summary in rows:

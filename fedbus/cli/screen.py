@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedbus.cli.options import log_level
+from fedbus.cli.tables import console_for_tables
 from fedbus.errors import FedbusError, RunFailed
 from fedbus.observe import events as o
 from fedbus.observe.curves import save_curves
@@ -146,7 +147,7 @@ def show_clients(history: History) -> None:
             *(f"{count}" for count in (record.failed, record.stopped, record.lost)),
             f"{record.nbytes / (1 << 20):.1f}",
         )
-    Console(highlight=False).print(table)
+    console_for_tables().print(table)
     if len(rows) > _MAX_CLIENTS:
         typer.echo(f"and {len(rows) - _MAX_CLIENTS} more clients, in history.json")
 

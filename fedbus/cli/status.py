@@ -25,6 +25,7 @@ from fedbus.bus.base import Bus, QueueState
 from fedbus.bus.node import NodeState, detached_state, rabbitmqctl
 from fedbus.bus.rabbitmq import connect
 from fedbus.cli.options import Broker, Bundle, Debug, Json, Plaintext, access_of, load_bundle, run_async
+from fedbus.cli.tables import console_for_tables
 from fedbus.errors import BrokerError, DecodeError, one_line
 from fedbus.observe.broker import BrokerFigures, MonitoringApi, NodeFigures, parse_ctl_status
 from fedbus.observe.glance import ask_queues, ask_server
@@ -32,7 +33,6 @@ from fedbus.observe.logs import hours
 
 _BROKER_EVERY_S: Final = 10.0
 """rabbitmqctl is a program of half a second: not with every look."""
-_PLAIN_COLUMNS: Final = 200
 _STYLES: Final = {"idle": "dim", "training": "yellow", "late": "magenta", "overdue": "bold red"}
 
 _Watch = Annotated[bool, typer.Option("--watch", help="Look again every SECONDS, until Ctrl-C.")]
@@ -104,7 +104,7 @@ def status(
         run_async(_watch(looker, seconds, as_json=as_json))
         return
     glance = run_async(looker.once())
-    typer.echo(glance.to_json()) if as_json else _console().print(render(glance, _console().width))
+    typer.echo(glance.to_json()) if as_json else console_for_tables().print(render(glance, console_for_tables().width))
     if not glance.is_served:
         raise typer.Exit(1)
 
@@ -212,7 +212,7 @@ class _Looker:
 
 async def _watch(looker: _Looker, seconds: float, *, as_json: bool) -> None:
     stopped = asyncio.Event()
-    console = _console()
+    console = console_for_tables()
     with on_signals(lambda _: stopped.set()), _screen(console, as_json=as_json) as show:
         while not stopped.is_set():
             show(await looker.again())
@@ -233,12 +233,6 @@ def _screen(console: Console, *, as_json: bool) -> Iterator[Callable[[Glance], N
             yield lambda glance: live.update(
                 render(glance, console.width, most_rows=max(3, console.height - 16)), refresh=True
             )
-
-
-def _console() -> Console:
-    """On a terminal as wide as that is, else as wide as the lines are."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PLAIN_COLUMNS)
 
 
 # ---- what it looks like ----------------------------------------------------------------------------------------------
