@@ -151,7 +151,19 @@ class Adagrad(_Adaptive):
 
 
 @dataclass(frozen=True)
-class Adam(_Adaptive):
+class _Forgetful(_Adaptive):
+    """v follows d^2 with the decay `beta_2`, in place of adding it up."""
+
+    _: KW_ONLY
+    beta_2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        decay("beta_2", self.beta_2)
+
+
+@dataclass(frozen=True)
+class Adam(_Forgetful):
     """v <- beta_2 v + (1 - beta_2) d^2: FedAdam's server half. Reddi et al. 2021, algorithm 2.
 
     m <- beta_1 m + (1 - beta_1) d; w <- w + eta m / (sqrt(v) + tau), all element by element, without a correction of
@@ -166,12 +178,6 @@ class Adam(_Adaptive):
             implementations begin at 0.
     """
 
-    beta_2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        decay("beta_2", self.beta_2)
-
     def _take_second(self, v: Block, square: Block) -> None:
         v *= self.beta_2
         square *= 1 - self.beta_2
@@ -179,7 +185,7 @@ class Adam(_Adaptive):
 
 
 @dataclass(frozen=True)
-class Yogi(_Adaptive):
+class Yogi(_Forgetful):
     """v <- v - (1 - beta_2) d^2 sign(v - d^2): FedYogi's server half. Reddi et al. 2021, algorithm 2.
 
     m <- beta_1 m + (1 - beta_1) d; w <- w + eta m / (sqrt(v) + tau), all element by element, without a correction of
@@ -195,11 +201,6 @@ class Yogi(_Adaptive):
     """
 
     learning_rate: float = 0.01
-    beta_2: float = 0.99
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        decay("beta_2", self.beta_2)
 
     def _take_second(self, v: Block, square: Block) -> None:
         direction = np.sign(v - square)

@@ -255,3 +255,10 @@ def test_fedasyncs_rounds_are_refused() -> None:
     Given().check(RoundConfig.buffered(3))
     with pytest.raises(ConfigError, match=r"is for FedAsync.*buffered\(k\) with Given"):
         Given().check(RoundConfig.asynchronous())
+
+
+@pytest.mark.parametrize("kind", [Adagrad, Adam, Yogi])
+def test_what_comes_after_the_learning_rate_is_named(kind: Any) -> None:
+    """Else 0.9 would be the one decay or the other, as the class pleases."""
+    with pytest.raises(TypeError):
+        kind(0.1, 0.9)
