@@ -9,16 +9,14 @@ from numpy.typing import NDArray
 
 from fedbus.strategies.gram import gram_matrix, squared_distances
 from fedbus.strategies.krum import krum_scores
-from fedbus.strategies.optimizers import ServerOptimizer
 from fedbus.strategies.order import middle, row_means
-from fedbus.strategies.settings import whole
 from fedbus.strategies.spool import Block, Spool
-from fedbus.strategies.spooled import SpooledStrategy, discounts_of, stepped
+from fedbus.strategies.spooled import ByzantineStrategy, discounts_of, stepped
 from fedbus.strategies.step import Step
 from fedbus.types import Array, Tensors
 
 
-class Bulyan(SpooledStrategy):
+class Bulyan(ByzantineStrategy):
     """Krum selects n - 2f updates, one after the other; each coordinate takes the mean of the n - 4f of them that are
     nearest to their median.
 
@@ -35,15 +33,6 @@ class Bulyan(SpooledStrategy):
     Raises:
         ConfigError: when `f` is no whole number of 0 or more.
     """
-
-    reads = 2
-
-    def __init__(self, f: int, *, optimizer: ServerOptimizer | None = None) -> None:
-        super().__init__(optimizer=optimizer)
-        self.f = whole("f", f, least=0)
-
-    def _settings(self) -> list[str]:
-        return [f"f={self.f}"]
 
     @property
     def needed(self) -> tuple[int, str]:

@@ -17,7 +17,6 @@ from fedbus.strategies.norms import runs
 from fedbus.strategies.optimizers import ServerOptimizer
 from fedbus.strategies.settings import positive, whole
 from fedbus.strategies.spool import Spool
-from fedbus.strategies.spooled import described
 from fedbus.strategies.step import Step, StepStrategy
 from fedbus.types import Array, Tensors
 
@@ -52,8 +51,8 @@ class CentredClipping(StepStrategy):
         self.radius = positive("radius", radius)
         self.iterations = whole("iterations", iterations, least=1)
 
-    def __repr__(self) -> str:
-        return described(self, f"radius={self.radius}", f"iterations={self.iterations}")
+    def _settings(self) -> list[str]:
+        return [f"radius={self.radius}", f"iterations={self.iterations}", *super()._settings()]
 
     @property
     def is_quick(self) -> bool:

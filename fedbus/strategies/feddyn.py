@@ -73,9 +73,9 @@ class FedDyn(StepStrategy):
         self.alpha = positive("alpha", alpha)
         self.num_clients = None if num_clients is None else count("num_clients", num_clients)
 
-    def __repr__(self) -> str:
-        num_clients = "" if self.num_clients is None else f", num_clients={self.num_clients}"
-        return f"FedDyn(alpha={self.alpha:g}{num_clients})"
+    def _settings(self) -> list[str]:
+        num_clients = [] if self.num_clients is None else [f"num_clients={self.num_clients}"]
+        return [f"alpha={self.alpha:g}", *num_clients, *super()._settings()]
 
     def check(self, rounds: RoundConfig) -> None:
         super().check(rounds)

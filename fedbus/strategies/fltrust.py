@@ -13,7 +13,6 @@ from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.mean import StreamingMean
 from fedbus.strategies.norms import runs
 from fedbus.strategies.optimizers import ServerOptimizer
-from fedbus.strategies.spooled import described
 from fedbus.strategies.step import Step, StepStrategy
 from fedbus.types import Array, Tensors
 
@@ -55,8 +54,8 @@ class FLTrust(StepStrategy):
         super().__init__(optimizer=optimizer)
         self.root_update = root_update
 
-    def __repr__(self) -> str:
-        return described(self, getattr(self.root_update, "__name__", "..."))
+    def _settings(self) -> list[str]:
+        return [getattr(self.root_update, "__name__", "..."), *super()._settings()]
 
     @property
     def is_quick(self) -> bool:

@@ -62,7 +62,7 @@ class GeometricMedian(SpooledStrategy, WeightedStrategy):
         self.nu = positive("nu", nu)
 
     def _settings(self) -> list[str]:
-        return [f"iterations={self.iterations}", f"nu={self.nu}", *WeightedStrategy._settings(self)]
+        return [f"iterations={self.iterations}", f"nu={self.nu}", *super()._settings()]
 
     def reduced(self, spool: Spool, model: Tensors) -> Iterator[Step]:
         updates = spool.updates()

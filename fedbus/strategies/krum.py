@@ -11,12 +11,12 @@ from fedbus.strategies.gram import gram_matrix, squared_distances
 from fedbus.strategies.optimizers import ServerOptimizer
 from fedbus.strategies.settings import whole
 from fedbus.strategies.spool import Spool
-from fedbus.strategies.spooled import SpooledStrategy, weighted_mean
+from fedbus.strategies.spooled import ByzantineStrategy, weighted_mean
 from fedbus.strategies.step import Step
 from fedbus.types import Tensors
 
 
-class Krum(SpooledStrategy):
+class Krum(ByzantineStrategy):
     """w <- w + d_i, with i the update whose n - f - 2 nearest others are nearest, in squared distance.
 
     Blanchard et al. 2017 (Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent), the Krum function;
@@ -31,15 +31,6 @@ class Krum(SpooledStrategy):
     Raises:
         ConfigError: when `f` is no whole number of 0 or more.
     """
-
-    reads = 2
-
-    def __init__(self, f: int, *, optimizer: ServerOptimizer | None = None) -> None:
-        super().__init__(optimizer=optimizer)
-        self.f = whole("f", f, least=0)
-
-    def _settings(self) -> list[str]:
-        return [f"f={self.f}"]
 
     @property
     def needed(self) -> tuple[int, str]:
@@ -76,7 +67,8 @@ class MultiKrum(Krum):
         self.m = None if m is None else whole("m", m, least=1)
 
     def _settings(self) -> list[str]:
-        return [*super()._settings(), *([] if self.m is None else [f"m={self.m}"])]
+        f, *others = super()._settings()
+        return [f, *([] if self.m is None else [f"m={self.m}"]), *others]
 
     @property
     def needed(self) -> tuple[int, str]:

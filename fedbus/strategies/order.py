@@ -63,7 +63,7 @@ class TrimmedMean(SpooledStrategy):
         self.beta = beta
 
     def _settings(self) -> list[str]:
-        return [f"beta={self.beta}"]
+        return [f"beta={self.beta}", *super()._settings()]
 
     @property
     def needed(self) -> tuple[int, str]:

@@ -14,7 +14,8 @@ from fedbus.config import RoundConfig
 from fedbus.errors import AggregateRefused, ConfigError
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.blas import calls_in_one_thread
-from fedbus.strategies.optimizers import SGD
+from fedbus.strategies.optimizers import ServerOptimizer
+from fedbus.strategies.settings import whole
 from fedbus.strategies.spool import Block, Spool
 from fedbus.strategies.step import Step, StepStrategy
 from fedbus.types import Tensors
@@ -28,13 +29,6 @@ class SpooledStrategy(StepStrategy):
 
     reads: ClassVar[int] = 1
     """How often an update is read, at most."""
-
-    def __repr__(self) -> str:
-        return described(self, *self._settings())
-
-    def _settings(self) -> list[str]:
-        """What it was made with, for the repr."""
-        return []
 
     @property
     def needed(self) -> tuple[int, str]:
@@ -66,10 +60,17 @@ class SpooledStrategy(StepStrategy):
         """What `steps` is to yield; the spool is closed afterwards."""
 
 
-def described(strategy: StepStrategy, *settings: str) -> str:
-    """A strategy's repr: its settings, and the optimizer where it is another one than usual."""
-    optimizer = [] if strategy.optimizer == SGD() else [f"optimizer={strategy.optimizer}"]
-    return f"{type(strategy).__name__}({', '.join([*settings, *optimizer])})"
+class ByzantineStrategy(SpooledStrategy):
+    """One that bears `f` hostile updates in a round, and reads them twice: for their distances, and for their mean."""
+
+    reads = 2
+
+    def __init__(self, f: int, *, optimizer: ServerOptimizer | None = None) -> None:
+        super().__init__(optimizer=optimizer)
+        self.f = whole("f", f, least=0)
+
+    def _settings(self) -> list[str]:
+        return [f"f={self.f}", *super()._settings()]
 
 
 def check_needed(strategy: object, least: int, words: str, rounds: RoundConfig) -> None:

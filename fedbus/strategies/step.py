@@ -36,10 +36,19 @@ class StepStrategy(Strategy):
     float64, and complex where the tensor is, for its pairs. What their dtype cannot hold is kept as its largest number.
     """
 
+    optimizer: ServerOptimizer = SGD()  # of those whose own __init__ does not set another
+
     def __init__(self, *, optimizer: ServerOptimizer | None = None) -> None:
         if not (optimizer is None or isinstance(optimizer, ServerOptimizer)):
             raise ConfigError(f"optimizer must be a fedbus server optimizer such as Adam(), not {optimizer!r}")
         self.optimizer = SGD() if optimizer is None else optimizer
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._settings())})"
+
+    def _settings(self) -> list[str]:
+        """What it was made with, as far as that is not as usual; the optimizer last."""
+        return [] if self.optimizer == SGD() else [f"optimizer={self.optimizer}"]
 
     def check(self, rounds: RoundConfig) -> None:
         if rounds.mixing is not None:

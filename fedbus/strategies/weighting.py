@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from fedbus.errors import ClientCodeError, ConfigError, UpdateRefused
 from fedbus.strategies.base import ClientUpdate
-from fedbus.strategies.optimizers import SGD, ServerOptimizer
+from fedbus.strategies.optimizers import ServerOptimizer
 from fedbus.strategies.step import StepStrategy
 
 Weighting: TypeAlias = Literal["examples", "uniform"] | Callable[[ClientUpdate], float]
@@ -28,14 +28,10 @@ class WeightedStrategy(StepStrategy):
         if not (self.weighting in ("examples", "uniform") or callable(self.weighting)):
             raise ConfigError(f"weighting must be 'examples', 'uniform' or a function of an update, not {weighting!r}")
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self._settings())})"
-
     def _settings(self) -> list[str]:
-        """What is not as usual, for the repr."""
         weighting = self.weighting if isinstance(self.weighting, str) else _name_of(self.weighting)
         settings = [] if weighting == self.usual_weighting else [f"weighting={weighting}"]
-        return settings if self.optimizer == SGD() else [*settings, f"optimizer={self.optimizer}"]
+        return [*settings, *super()._settings()]
 
     def verify(self, update: ClientUpdate) -> None:
         """Refuse what a function cannot weigh: nan as one client's metric must not end the run."""

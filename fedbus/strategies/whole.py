@@ -10,7 +10,6 @@ import numpy as np
 from fedbus.errors import ClientCodeError
 from fedbus.strategies.base import ClientUpdate
 from fedbus.strategies.exact import blocks
-from fedbus.strategies.optimizers import SGD, ServerOptimizer
 from fedbus.strategies.spool import Spool
 from fedbus.strategies.spooled import SpooledStrategy
 from fedbus.strategies.step import Step
@@ -33,7 +32,6 @@ class WholeRound(SpooledStrategy):
     """
 
     reads = 0
-    optimizer: ServerOptimizer = SGD()  # for those that have an __init__ of their own
 
     @abstractmethod
     def aggregate(self, updates: Sequence[ClientUpdate]) -> Tensors:
