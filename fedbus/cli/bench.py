@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import typer
 from rich.table import Table
@@ -140,16 +141,30 @@ def regimes_(
     FedProx's synthetic(1, 1), 30 clients, logistic regression, five local epochs. A fit takes 1 s at the median; with
     the default speeds each draws its own duration, lognormal:1 gives each client a speed of its own.
     """
-    outcomes = []
-    for outcome in bench_regimes(seeds=seeds, trainings=trainings, target=target, speeds=speeds, data_seed=data_seed):
-        outcomes.append(outcome)
+
+    def words(outcome: Outcome) -> str:
+        reached = "never" if outcome.seconds_to_target is None else f"after {outcome.seconds_to_target:.0f} s"
+        return f"{outcome.regime}, seed {outcome.seed}: {target:.0%} {reached}"
+
+    found = bench_regimes(seeds=seeds, trainings=trainings, target=target, speeds=speeds, data_seed=data_seed)
+    outcomes = _told(found, words, as_json=as_json)
+    if not as_json:
+        console_for_tables().print(_regimes_table(outcomes, target))
+
+
+T = TypeVar("T", Outcome, prox.Outcome)
+
+
+def _told(outcomes: Iterable[T], words: Callable[[T], str], *, as_json: bool) -> list[T]:
+    """Dataclasses as they come, each told in a line; or at the end all of them as JSON."""
+    found = []
+    for outcome in outcomes:
+        found.append(outcome)
         if not as_json:
-            reached = "never" if outcome.seconds_to_target is None else f"after {outcome.seconds_to_target:.0f} s"
-            typer.echo(f"{outcome.regime}, seed {outcome.seed}: {target:.0%} {reached}", err=True)
+            typer.echo(words(outcome), err=True)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
-        return
-    console_for_tables().print(_regimes_table(outcomes, target))
+        typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in found]))
+    return found
 
 
 @bench_app.command()
@@ -284,16 +299,14 @@ def fedprox(
 
     FedProx's synthetic(1, 1), logistic regression, 10 of 30 users in each round, 20 local epochs, 90 % of stragglers.
     """
-    outcomes = []
-    for outcome in prox.bench_fedprox(rounds=rounds, data_seeds=range(data_seeds)):
-        outcomes.append(outcome)
-        if not as_json:
-            typer.echo(f"{outcome.method}, data seed {outcome.data_seed}: {outcome.accuracy:.3f}", err=True)
-    if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
-        return
-    console_for_tables().print(_fedprox_table(outcomes))
-    typer.echo("accuracy (loss), means of the last ten rounds")
+
+    def words(outcome: prox.Outcome) -> str:
+        return f"{outcome.method}, data seed {outcome.data_seed}: {outcome.accuracy:.3f}"
+
+    outcomes = _told(prox.bench_fedprox(rounds=rounds, data_seeds=range(data_seeds)), words, as_json=as_json)
+    if not as_json:
+        console_for_tables().print(_fedprox_table(outcomes))
+        typer.echo("accuracy (loss), means of the last ten rounds")
 
 
 def _fedprox_table(outcomes: list[prox.Outcome]) -> Table:
