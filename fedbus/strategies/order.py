@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,11 @@ from fedbus.strategies.spool import Block, Spool
 from fedbus.strategies.spooled import SpooledStrategy, discounts_of, stepped
 from fedbus.strategies.step import Step
 from fedbus.types import Array, Tensors
+
+_SLACK: Final = 1e-9
+"""What float64 may take from a whole number of updates."""
+_MOST: Final = 2.0**53
+"""More updates than anybody has: a beta below its inverse cuts off none of any number."""
 
 
 class Median(SpooledStrategy):
@@ -67,7 +73,7 @@ class TrimmedMean(SpooledStrategy):
 
     @property
     def needed(self) -> tuple[int, str]:
-        least = math.ceil(1 / self.beta - 1e-9) if self.beta else 1
+        least = math.ceil(min((1 - _SLACK) / self.beta, _MOST)) if self.beta else 1
         return least, f"{least} updates to cut off any"
 
     def reduced(self, spool: Spool, model: Tensors) -> Iterator[Step]:
@@ -84,7 +90,7 @@ class TrimmedMean(SpooledStrategy):
 
 def cut_of(beta: float, count: int) -> int:
     """beta times `count`, rounded down; 0.29 times 100 is 29, whatever float64 makes of it."""
-    return math.floor(beta * count + 1e-9)
+    return math.floor(beta * count + _SLACK)
 
 
 def middle(columns: Array) -> NDArray[np.float64]:
