@@ -8,7 +8,9 @@ from fedbus.wire import messages as m
 
 
 def kind_of(task: m.Task) -> str:
-    """ "parameters", "fit" or "evaluate"."""
+    """ "parameters", "fit", "query" or "evaluate": an owner of data reads in the log what was asked of them."""
+    if isinstance(task, m.FitTask) and task.purpose == "query":
+        return "query"
     return type(task).__name__.removesuffix("Task").lower()
 
 

@@ -75,6 +75,7 @@ async def test_a_query_finds_what_numpy_finds_in_the_pooled_data() -> None:
         assert dict(old.top.values) == {True: int((POOLED > 50).sum()), False: int((POOLED <= 50).sum())}
         assert result.rounds <= 67
         assert not any(client.done() for client in clients)  # they stay for the next server
+        assert {event.kind for event in story.told(o.TaskStarted)} == {"query"}, "who owns the data reads what is asked"
 
 
 async def test_what_an_app_does_with_evaluations_and_metrics_is_nothing_to_a_query() -> None:
